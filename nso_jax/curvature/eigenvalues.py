@@ -1,0 +1,279 @@
+"""The outermost eigenvalues of the Hessian of the mean loss, with their eigenvectors."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy.linalg import eigh_tridiagonal
+
+from nso_jax.curvature.operators import (
+    check_count,
+    check_key,
+    check_params,
+    check_tolerance,
+    leaf_mask,
+    mean_hessian_product,
+)
+
+# How much an eigenvalue is wanted: the k with the highest rank are.
+_RANKS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "largest": np.positive,
+    "smallest": np.negative,
+    "magnitude": np.abs,
+}
+
+
+class Eigenpairs(NamedTuple):
+    """Eigenvalues and eigenvectors of a Hessian, the most wanted first.
+
+    Attributes:
+        values: k eigenvalues in float64.
+        vectors: List of k eigenvectors of unit norm, pytrees like `params`.
+        residuals: `||H v - value v||` of each pair, measured: some eigenvalue is at most so far from `value`.
+        num_products: Hessian-vector products that it took, those for the residuals among them.
+    """
+
+    values: np.ndarray
+    vectors: list[Any]
+    residuals: np.ndarray
+    num_products: int
+
+
+def eigenvalues(
+    key: jax.Array,
+    fun: Callable[[Any, Any], jax.Array],
+    params: Any,
+    batches: Any,
+    *,
+    k: int = 5,
+    which: str = "largest",
+    tol: float = 1e-6,
+    max_products: int | None = None,
+    mask: Any = None,
+) -> Eigenpairs:
+    r"""Computes the k largest eigenvalues of the Hessian H of the mean loss, with their eigenvectors.
+
+    Lanczos' method: in an orthonormal basis Q of m vectors, each the product of the one before, made
+    orthogonal to all before it (full re-orthogonalisation), H is the tridiagonal T = Q^T H Q. An eigenpair
+    (theta, s) of T gives the pair (theta, Q s) with the residual
+
+        || H Q s - theta Q s || = beta_m |s_m|,
+
+    beta_m being the norm of what is left of the last product and s_m the last entry of s. The method stops
+    when this is at most `tol` times the largest |theta| for every wanted pair. Then k more products measure
+    the residuals, and the values returned are the Rayleigh quotients `v^T H v` of the vectors returned.
+
+    When Q spans an invariant subspace before that, as it does when H has few distinct eigenvalues, a new
+    random direction extends it, so that repeated eigenvalues are found as often as they are there. Where an
+    eigenvalue is repeated exactly among many others, the method may stop before it meets the second copy.
+
+    The basis is kept in host memory in float64: 8 bytes a parameter and product. The products have the
+    precision of `params`, so in float32 residuals end at about 1e-6 of the largest eigenvalue.
+
+    Args:
+        key: PRNG key for the start vector.
+        fun: `fun(params, batch)` is the mean loss over the batch, a real scalar, as in `hvp`.
+        params: Any pytree of real arrays.
+        batches: One batch, or a list or other re-iterable of batches, by the rule of `hvp`.
+        k: How many eigenvalues.
+        which: "largest" (the most positive: the sharpest directions), "smallest" (the most negative first)
+            or "magnitude" (by absolute value).
+        tol: Largest residual to stop at, relative to the largest absolute eigenvalue. An eigenvalue's
+            own error is of the order of the residual's square, so 1e-6 is ample.
+        max_products: The most products, those for the residuals included; at least 2 k. The default is
+            1000 + k, or the number of parameters + k where that is less: enough for an exact result.
+        mask: Bools, a prefix pytree of `params` or a callable giving one: only these leaves' block of H. The
+            vectors are zero elsewhere.
+
+    Returns:
+        The `Eigenpairs`, the most wanted first: with "largest", the values descend.
+
+    Warns:
+        UserWarning: `max_products` ended the iteration before the tolerance was met; the result is the best
+            found, and its residuals say how good.
+
+    Raises:
+        TypeError: `key` is not a PRNG key, or `fun`, `params` or `batches` is none that `hvp` takes.
+        ValueError: `k` is less than 1 or more than the number of parameters, `which` is unknown, `tol` is not
+            positive, `max_products` is less than 2 k, or `mask` does not fit `params` or selects nothing.
+        FloatingPointError: The product of a batch is not finite.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from nso_jax import curvature
+        >>> def loss(params, batch):
+        ...     return jnp.mean((batch @ params["w"]) ** 2) / 2
+        >>> params, batch = {"w": jnp.zeros(3)}, jnp.diag(jnp.array([3.0, 6.0, 9.0]))
+        >>> pairs = curvature.eigenvalues(jax.random.key(0), loss, params, batch, k=2)
+        >>> pairs.values.round(3)
+        array([27., 12.])
+        >>> abs(pairs.vectors[0]["w"]).round(3)
+        Array([0., 0., 1.], dtype=float32)
+
+    References:
+        Golub, Van Loan, Matrix Computations, 4th edition, chapter 10, Johns Hopkins University Press, 2013.
+        Parlett, The Symmetric Eigenvalue Problem, chapter 13, SIAM, 1998.
+    """
+    check_key(key)
+    if which not in _RANKS:
+        raise ValueError(f"which must be one of {', '.join(map(repr, _RANKS))}; got {which!r}")
+    check_tolerance("tol", tol)
+    params = check_params(params)
+    flags = leaf_mask(mask, params)
+    dimension = sum(leaf.size for leaf, flag in zip(jax.tree.leaves(params), flags, strict=True) if flag)
+    check_count("k", k, 1)
+    if k > dimension:
+        raise ValueError(f"k must be at most the number of parameters, {dimension}; got {k}")
+    if max_products is not None:
+        check_count("max_products", max_products, 2 * k)
+    steps = min(dimension, 1000 if max_products is None else max_products - k)
+
+    tree_product = mean_hessian_product(fun, params, batches)
+
+    def product(vector: np.ndarray) -> np.ndarray:
+        return _ravel(tree_product(_unravel(vector, params, flags)), flags)
+
+    # What the products' own rounding leaves of a vector is no new direction, however small tol is.
+    floor = max(tol, *(_epsilon(leaf.dtype) for leaf in jax.tree.leaves(params)))
+    target = _Target(k, _RANKS[which], tol, floor, steps)
+    krylov = _lanczos(key, product, dimension, target)
+    ritz_values, small_vectors = eigh_tridiagonal(krylov.diagonal, krylov.off_diagonal)
+    wanted = _most_wanted(ritz_values, target)
+    vectors = [_unravel(krylov.basis.T @ small_vectors[:, i], params, flags) for i in wanted]
+    values, residuals = np.transpose([_rayleigh(_ravel(vector, flags), product) for vector in vectors])
+    order = _most_wanted(values, target)
+    if not krylov.settled:
+        warnings.warn(
+            f"eigenvalues stopped after {steps + k} products, before tol={tol}: its largest residual is "
+            f"{residuals.max():.2g}. Raise max_products or tol",
+            stacklevel=2,
+        )
+    return Eigenpairs(values[order], [vectors[i] for i in order], residuals[order], len(krylov.basis) + k)
+
+
+class _Target(NamedTuple):
+    """What to find, and when to stop."""
+
+    k: int
+    rank: Callable[[np.ndarray], np.ndarray]
+    tol: float  # of a wanted pair's residual, relative to the largest |theta|
+    floor: float  # what is left of a product is nothing below this, relative to the largest product
+    steps: int
+
+
+class _Krylov(NamedTuple):
+    """An orthonormal basis, a row for each vector, and the tridiagonal matrix of the operator in it."""
+
+    basis: np.ndarray
+    diagonal: list[float]
+    off_diagonal: list[float]
+    settled: bool
+
+
+def _lanczos(
+    key: jax.Array,
+    product: Callable[[np.ndarray], np.ndarray],
+    dimension: int,
+    target: _Target,
+) -> _Krylov:
+    """Lanczos' method from a random vector, and from another one where the basis spans an invariant subspace.
+
+    The tridiagonal matrix then falls into blocks: `first` is where the last one begins, and `closed` has the
+    eigenvalues of those before it.
+    """
+    basis = np.empty((min(target.steps, 32), dimension))
+    diagonal: list[float] = []
+    off_diagonal: list[float] = []
+    first, closed, scale = 0, np.empty(0), 0.0
+    vector = _random_unit(key, basis[:0])
+    while True:
+        size = len(diagonal) + 1
+        if size > len(basis):
+            basis = np.concatenate([basis, np.empty_like(basis)])
+        basis[size - 1] = vector
+        image = product(vector)
+        scale = max(scale, float(np.linalg.norm(image)))
+        diagonal.append(float(vector @ image))
+        image = _orthogonalise(image, basis[:size])
+        beta = float(np.linalg.norm(image))
+        invariant = beta <= target.floor * scale
+        ritz_values, small_vectors = eigh_tridiagonal(diagonal[first:], off_diagonal[first:])
+        errors = (0.0 if invariant else beta) * np.abs(small_vectors[-1])
+        settled = size == dimension or _settled(ritz_values, errors, closed, target, invariant=invariant)
+        if settled or size == target.steps:
+            return _Krylov(basis[:size], diagonal, off_diagonal, settled)
+        if invariant:
+            first, closed = size, np.concatenate([closed, ritz_values])
+            vector = _random_unit(jax.random.fold_in(key, size), basis[:size])
+        else:
+            vector = image / beta
+        off_diagonal.append(0.0 if invariant else beta)
+
+
+def _settled(
+    ritz_values: np.ndarray, errors: np.ndarray, closed: np.ndarray, target: _Target, *, invariant: bool
+) -> bool:
+    """Whether the wanted pairs are among those found: the `closed` ones and the last block's."""
+    values = np.concatenate([ritz_values, closed])
+    if len(values) < target.k:
+        return False
+    wanted = _most_wanted(values, target)
+    best = np.argmax(target.rank(ritz_values))
+    allowed = target.tol * np.max(np.abs(values))
+    if invariant:
+        # The best of the last block is the best of all that was left when it began: no better one can follow.
+        return bool(target.rank(values)[wanted[-1]] >= target.rank(ritz_values)[best] - allowed)
+    errors = np.concatenate([errors, np.zeros_like(closed)])
+    return bool(max(errors[wanted].max(), errors[best]) <= allowed)
+
+
+def _most_wanted(values: np.ndarray, target: _Target) -> np.ndarray:
+    return np.argsort(-target.rank(values), kind="stable")[: target.k]
+
+
+def _random_unit(key: jax.Array, basis: np.ndarray) -> np.ndarray:
+    """A random vector of norm 1, orthogonal to the basis."""
+    vector = np.asarray(jax.random.normal(key, basis.shape[1:]), np.float64)
+    vector = _orthogonalise(vector, basis)
+    return vector / np.linalg.norm(vector)
+
+
+def _orthogonalise(vector: np.ndarray, basis: np.ndarray) -> np.ndarray:
+    # Twice, because the first pass leaves rounding errors of the size of what it removed.
+    for _ in range(2):
+        vector = vector - basis.T @ (basis @ vector)
+    return vector
+
+
+def _rayleigh(vector: np.ndarray, product: Callable[[np.ndarray], np.ndarray]) -> tuple[float, float]:
+    """The Rayleigh quotient of a vector that need not have norm 1, and the norm of its residual."""
+    image, norm = product(vector), np.linalg.norm(vector)
+    value = vector @ image / norm**2
+    return float(value), float(np.linalg.norm(image - value * vector) / norm)
+
+
+def _ravel(tree: Any, flags: list[bool]) -> np.ndarray:
+    """The chosen leaves in one float64 vector."""
+    leaves = jax.device_get(jax.tree.leaves(tree))
+    chosen = [leaf for leaf, flag in zip(leaves, flags, strict=True) if flag]
+    return np.concatenate([np.ravel(leaf).astype(np.float64) for leaf in chosen])
+
+
+def _unravel(vector: np.ndarray, params: Any, flags: list[bool]) -> Any:
+    """A pytree like params, zero in the leaves that were not chosen."""
+    leaves, structure = jax.tree.flatten(params)
+    sizes = [leaf.size if flag else 0 for leaf, flag in zip(leaves, flags, strict=True)]
+    parts = np.split(vector, np.cumsum(sizes)[:-1])
+    filled = [
+        jnp.asarray(part.reshape(leaf.shape), leaf.dtype) if flag else jnp.zeros_like(leaf)
+        for part, leaf, flag in zip(parts, leaves, flags, strict=True)
+    ]
+    return jax.tree.unflatten(structure, filled)
+
+
+def _epsilon(dtype: Any) -> float:
+    return float(jnp.finfo(dtype).eps)  # type: ignore[no-untyped-call]  # jax leaves it untyped

@@ -1,0 +1,113 @@
+"""The averaged gradient for Flax NNX modules, whose state moves once per step and not once per evaluation."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+from nso_jax import gradients
+from nso_jax.noise import PyTree, Sigma
+
+
+def value_and_grad(
+    fun: Callable[..., Any],
+    *,
+    sigma: Sigma,
+    wrt: nnx.filterlib.Filter = nnx.Param,
+    has_aux: bool = False,
+    aux: PyTree = "mean",
+    **options: Any,
+) -> Callable[..., tuple[Any, nnx.State]]:
+    """Like `nnx.value_and_grad`, of the loss smoothed by weight noise: see `nso_jax.value_and_grad`.
+
+        g = 1/(2k) sum_j [grad f(W + U_j) + grad f(W - U_j)],    W the variables that `wrt` selects
+
+    All evaluations start from the model's present state. Its other variables (batch statistics, counters,
+    random streams), and those of modules and `nnx.Rngs` among the arguments, are never perturbed and move
+    once per call: float ones to the mean over the evaluations, which for batch statistics is right to
+    O(sigma^2), others to what the first evaluation gave. Hence dropout masks are the same in all evaluations
+    of a call and new in the next.
+
+    Args:
+      fun: `fun(model, *args, **kwargs)` returning a real scalar, or a pair of that and auxiliary output.
+      sigma: standard deviation of one weight's noise; a prefix pytree or a function refers to
+        `nnx.state(model, wrt)`.
+      wrt: an NNX filter, the variables that are perturbed and differentiated; the same as the optimizer's.
+      has_aux: whether `fun` returns `(loss, aux)`.
+      aux: "mean", "stack" or "clean", or a prefix pytree of them. "clean" takes the model's new state from
+        the forward pass at W too, as the authors' code does with batch statistics.
+      **options: the other arguments of `nso_jax.value_and_grad` but `argnums`: `num_samples`, `antithetic`,
+        `sampler`, `mask`, `clean_weight`, `chunk_size`, `axis_name`, `independent_draws`.
+
+    Returns:
+      `fn(key, model, *args, **kwargs)`, returning `(value, grads)`, or `((value, aux), grads)` if `has_aux`.
+      `grads` is an `nnx.State`, ready for `nnx.Optimizer.update(model, grads)`; `model` is updated in place.
+
+    Raises:
+      TypeError: as `nso_jax.value_and_grad`, or `argnums` is given.
+      ValueError: as `nso_jax.value_and_grad`, `wrt` selects nothing, or `fun` adds or removes variables.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from flax import nnx
+      >>> import nso_jax.nnx
+      >>> model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+      >>> optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
+      >>> loss = lambda model, x, y: jnp.mean((model(x) - y) ** 2)
+      >>> x, y = jnp.ones((8, 3)), jnp.ones((8, 1))
+      >>> value, grads = nso_jax.nnx.value_and_grad(loss, sigma=0.01)(jax.random.key(0), model, x, y)
+      >>> _ = optimizer.update(model, grads)
+
+    References:
+      Zhang, Li and Ju, Noise Stability Optimization for Finding Flat Minima, arXiv 2306.08553, 2023.
+    """
+    if "argnums" in options:
+        raise TypeError("argnums: the model is the first argument; choose its variables with wrt.")
+    in_wrt = nnx.filterlib.to_predicate(wrt)
+
+    def is_differentiated(path: tuple[Any, ...], value: Any) -> bool:
+        return path[0] == 0 and in_wrt(path[1:], value)
+
+    def split(arguments: PyTree) -> Any:
+        return nnx.split(arguments, is_differentiated, ...)
+
+    def value_and_grad_fn(key: jax.Array, /, model: Any, *args: Any, **kwargs: Any) -> tuple[Any, nnx.State]:
+        arguments = (model, args, kwargs)
+        graphdef, selected, rest = split(arguments)
+        if not selected:
+            raise ValueError(f"wrt: {wrt!r} selects no variable of the {type(model).__name__}.")
+
+        def loss(params: nnx.State) -> tuple[Any, PyTree]:
+            # tree.map copies the variables, so that no evaluation sees what another did to them
+            copies = nnx.merge(graphdef, nnx.State({0: params}), jax.tree.map(lambda x: x, rest))
+            model, args, kwargs = copies
+            out = gradients.as_loss(fun(model, *args, **kwargs), has_aux=has_aux)
+            return out[0], (out[1], _moved(rest, split(copies)[2]))
+
+        modes = (aux, "clean" if aux == "clean" else "mean")
+        fn = gradients.value_and_grad(loss, sigma=sigma, has_aux=True, aux=modes, **options)
+        (value, (aux_out, moved)), grads = fn(key, selected[0])
+        paths = [path for path, _ in nnx.to_flat_state(rest)]
+        nnx.update(
+            arguments,
+            nnx.from_flat_state([(p, new) for p, new in zip(paths, moved, strict=True) if new is not None]),
+        )
+        return ((value, aux_out) if has_aux else value), grads
+
+    return value_and_grad_fn
+
+
+def _moved(before: nnx.State, after: nnx.State) -> list[Any]:
+    """The variables that an evaluation replaced, None for those it left alone: averaging would round them."""
+    old, new = dict(nnx.to_flat_state(before)), dict(nnx.to_flat_state(after))
+    if old.keys() != new.keys():
+        names = sorted(".".join(map(str, path[1:])) for path in old.keys() ^ new.keys())
+        raise ValueError(
+            f"fun: it may change the model's variables but not add or remove any: {', '.join(names)}."
+        )
+    return [None if _same_leaves(old[path], new[path]) else new[path] for path in old]
+
+
+def _same_leaves(old: Any, new: Any) -> bool:
+    return all(a is b for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True))

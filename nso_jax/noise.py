@@ -1,0 +1,400 @@
+"""Noise for weights: samplers of unit variance, scales, and a perturbation of a whole pytree.
+
+A sampler is `sampler(key, shape, dtype) -> array` with mean 0, variance 1 and a symmetric law, so that
+sigma means the same for each and any `jax.random` function of that form fits.
+"""
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+PyTree = Any
+Sampler = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
+Sigma = Any  # a scalar, a prefix pytree of the params, or a function from the params to one
+
+_UNIFORM_HALF_WIDTH = math.sqrt(3.0)
+_LAPLACE_DEVIATION = math.sqrt(2.0)
+_BINOMIAL_TRIALS = 8
+
+
+def normal(key: jax.Array, shape: tuple[int, ...] = (), dtype: Any = jnp.float32) -> jax.Array:
+    """Gaussian noise, u ~ N(0, 1): the published choice, and the default.
+
+    Args:
+      key: a PRNG key.
+      shape: the shape of the result.
+      dtype: its floating dtype.
+
+    Returns:
+      An array of independent draws with mean 0 and variance 1.
+
+    Example:
+      >>> import jax
+      >>> from nso_jax import noise
+      >>> noise.normal(jax.random.key(0), (1000,)).std().round(1)
+      Array(1., dtype=float32)
+    """
+    return jax.random.normal(key, shape, dtype)
+
+
+def rademacher(key: jax.Array, shape: tuple[int, ...] = (), dtype: Any = jnp.float32) -> jax.Array:
+    """Random signs, u = +1 or -1 with probability 1/2 each: cheaper to draw than a Gaussian.
+
+    u_i^2 = 1 always, so the diagonal of the Hessian enters u^T H u without any variance.
+
+    Args:
+      key: a PRNG key.
+      shape: the shape of the result.
+      dtype: its floating dtype.
+
+    Returns:
+      An array of independent draws with mean 0 and variance 1.
+
+    Example:
+      >>> import jax
+      >>> from nso_jax import noise
+      >>> abs(noise.rademacher(jax.random.key(0), (3,)))
+      Array([1., 1., 1.], dtype=float32)
+    """
+    return jax.random.rademacher(key, shape, jnp.int8).astype(dtype)
+
+
+def uniform(key: jax.Array, shape: tuple[int, ...] = (), dtype: Any = jnp.float32) -> jax.Array:
+    """Bounded noise, u ~ U(-sqrt(3), sqrt(3)).
+
+    Args:
+      key: a PRNG key.
+      shape: the shape of the result.
+      dtype: its floating dtype.
+
+    Returns:
+      An array of independent draws with mean 0 and variance 1.
+
+    Example:
+      >>> import jax
+      >>> from nso_jax import noise
+      >>> bool(abs(noise.uniform(jax.random.key(0), (1000,))).max() <= 3**0.5)
+      True
+    """
+    return jax.random.uniform(key, shape, dtype, -_UNIFORM_HALF_WIDTH, _UNIFORM_HALF_WIDTH)
+
+
+def laplace(key: jax.Array, shape: tuple[int, ...] = (), dtype: Any = jnp.float32) -> jax.Array:
+    """Heavier tails than a Gaussian: density exp(-sqrt(2) |u|) / sqrt(2).
+
+    Args:
+      key: a PRNG key.
+      shape: the shape of the result.
+      dtype: its floating dtype.
+
+    Returns:
+      An array of independent draws with mean 0 and variance 1.
+
+    Example:
+      >>> import jax
+      >>> from nso_jax import noise
+      >>> noise.laplace(jax.random.key(0), (2, 3)).shape
+      (2, 3)
+    """
+    return jax.random.laplace(key, shape, dtype) / _LAPLACE_DEVIATION
+
+
+def centered_binomial(key: jax.Array, shape: tuple[int, ...] = (), dtype: Any = jnp.float32) -> jax.Array:
+    """A coarse Gaussian from 8 random bits: u = (B - 4) / sqrt(2) with B ~ Binomial(8, 1/2).
+
+    Args:
+      key: a PRNG key.
+      shape: the shape of the result.
+      dtype: its floating dtype.
+
+    Returns:
+      An array of independent draws with mean 0 and variance 1; |u| is at most sqrt(8).
+
+    Example:
+      >>> import jax
+      >>> from nso_jax import noise
+      >>> bool(abs(noise.centered_binomial(jax.random.key(0), (1000,))).max() <= 8**0.5)
+      True
+    """
+    heads = jax.lax.population_count(jax.random.bits(key, shape, jnp.uint8)).astype(dtype)
+    return (heads - _BINOMIAL_TRIALS / 2) * (2 / math.sqrt(_BINOMIAL_TRIALS))
+
+
+def cauchy(key: jax.Array, shape: tuple[int, ...] = (), dtype: Any = jnp.float32) -> jax.Array:
+    """Cauchy noise, density 1 / (pi (1 + u^2)).
+
+    It has no variance, so sigma is its half width at half maximum, and F = f + sigma^2/2 Tr(H) + ...
+    does not hold: the pair still cancels every odd term, but now and then a draw is enormous.
+
+    Args:
+      key: a PRNG key.
+      shape: the shape of the result.
+      dtype: its floating dtype.
+
+    Returns:
+      An array of independent draws with median 0.
+
+    Example:
+      >>> import jax
+      >>> from nso_jax import noise
+      >>> noise.cauchy(jax.random.key(0), (4,)).shape
+      (4,)
+    """
+    return jax.random.cauchy(key, shape, dtype)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Relative:
+    """What `relative` returns: a function from params to one standard deviation per weight."""
+
+    scale: Any
+    per: Literal["weight", "channel", "tensor"]
+    channel_axis: int
+
+    def __call__(self, params: PyTree) -> PyTree:
+        """Standard deviations for `params`: a pytree like it, each leaf of a shape that broadcasts."""
+        return jax.tree.map(self._deviation, params)
+
+    def _deviation(self, w: Any) -> jax.Array:
+        size = self._size(jnp.abs(widen(w)))
+        return jnp.asarray(self.scale).astype(size.dtype) * size
+
+    def _size(self, magnitude: jax.Array) -> jax.Array:
+        if self.per == "weight":
+            return magnitude
+        axes = set(range(magnitude.ndim))
+        if self.per == "channel" and magnitude.ndim:
+            axes.remove(self.channel_axis % magnitude.ndim)
+        count = max(1, math.prod(magnitude.shape[axis] for axis in axes))  # an empty leaf has no mean
+        squares = jnp.sum(jnp.square(magnitude), axis=tuple(axes), keepdims=True)
+        return jnp.sqrt(squares / count)
+
+
+def relative(
+    scale: Any, per: Literal["weight", "channel", "tensor"] = "weight", *, channel_axis: int = -1
+) -> Relative:
+    """Noise in proportion to the weights: sigma = scale * |w|, or scale times a root mean square.
+
+    A network whose layers are rescaled without changing its function gets rescaled noise, so one
+    `scale` serves layers of very different size. A weight that is exactly zero gets none (`"weight"`).
+
+    Args:
+      scale: noise over weight, >= 0; .1 to 1 are usual. It may be traced, so a schedule is
+        `relative(schedule(step))` inside the step.
+      per: `"weight"`: sigma = scale * |w|; `"channel"`: scale times the root mean square over all axes
+        but `channel_axis`; `"tensor"`: scale times the root mean square of the whole leaf.
+      channel_axis: the axis that counts output channels: the last one in Flax kernels (the default), the
+        first one in Equinox and PyTorch weights. In a vector each entry is its own channel.
+
+    Returns:
+      A function from params to a pytree of standard deviations, to be given as `sigma`.
+
+    Raises:
+      ValueError: `scale` is negative or NaN, or `per` is none of the three.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from nso_jax import noise
+      >>> noise.relative(0.5)({"w": jnp.array([2.0, -4.0])})
+      {'w': Array([1., 2.], dtype=float32)}
+
+    References:
+      Li et al., Visualizing the Loss Landscape of Neural Nets, arXiv 1712.09913, 2018 (why per channel).
+    """
+    if per not in ("weight", "channel", "tensor"):
+        raise ValueError(f"per: expected 'weight', 'channel' or 'tensor', got {per!r}.")
+    _check_deviation("scale", scale, path="")
+    return Relative(scale, per, channel_axis)
+
+
+def perturbation(
+    key: jax.Array, params: PyTree, sigma: Sigma, *, sampler: Sampler = normal, mask: PyTree = None
+) -> PyTree:
+    """One draw of noise for every leaf: U_l = sigma_l * sampler(key_l, shape_l).
+
+    key_l depends on `key` and on the leaf's path alone: adding, removing or reordering other leaves leaves
+    a leaf's noise as it was. A complex leaf gets noise with E|u|^2 = sigma^2, half of it in each part.
+
+    Args:
+      key: a PRNG key, typed or legacy.
+      params: a pytree with inexact leaves.
+      sigma: standard deviation of one weight's noise: a scalar, a prefix pytree of `params`, or a
+        function from `params` to such a prefix. Each leaf broadcasts to the leaf that it scales.
+      sampler: `sampler(key, shape, dtype)` of unit variance.
+      mask: which leaves get noise: bools, a prefix pytree of `params` or a function from it to one. The
+        default, None, is all of them.
+
+    Returns:
+      A pytree like `params`, in float32 (float64 for float64 leaves), with None where `mask` is False.
+
+    Raises:
+      TypeError: a leaf is not inexact, `key` is not a PRNG key, or `mask` has other leaves than bools.
+      ValueError: `sigma` is negative, NaN or does not fit, `mask` does not fit, or the sampler returned
+        another shape than it was asked for.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from nso_jax import noise
+      >>> params = {"w": jnp.zeros((2, 3)), "b": jnp.zeros(3)}
+      >>> u = noise.perturbation(jax.random.key(0), params, 0.1, mask={"w": True, "b": False})
+      >>> u["w"].shape, u["b"]
+      ((2, 3), None)
+    """
+    key = as_key(key)
+    check_inexact(params)
+    deviations = broadcast_prefix("sigma", sigma, params)
+    perturbed = broadcast_prefix("mask", True if mask is None else mask, params)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    if not leaves:
+        return params
+    paths = [jax.tree_util.keystr(path) for path, _ in leaves]
+    draws = [
+        _scaled_draw(leaf_key, leaf, deviation, sampler, path) if _as_bool(flag, path) else None
+        for leaf_key, (_, leaf), deviation, flag, path in zip(
+            _leaf_keys(key, paths), leaves, deviations, perturbed, paths, strict=True
+        )
+    ]
+    return jax.tree.unflatten(treedef, draws)
+
+
+def perturb(params: PyTree, noise: PyTree, sign: Any = 1) -> PyTree:
+    """W + sign * U, added in float32 (float64 for float64 leaves) and rounded once to the leaf's dtype.
+
+    Args:
+      params: a pytree with inexact leaves.
+      noise: what `perturbation` returned for it: None leaves stay as they are.
+      sign: a scalar, +1 or -1.
+
+    Returns:
+      A pytree like `params`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from nso_jax import noise
+      >>> params = {"w": jnp.zeros(3)}
+      >>> u = noise.perturbation(jax.random.key(0), params, 0.1, sampler=noise.rademacher)
+      >>> abs(noise.perturb(params, u)["w"])
+      Array([0.1, 0.1, 0.1], dtype=float32)
+    """
+
+    def add(u: jax.Array | None, w: Any) -> Any:
+        if u is None:
+            return w
+        return (widen(w) + jnp.asarray(sign, u.dtype) * u).astype(jnp.result_type(w))
+
+    return jax.tree.map(add, noise, params, is_leaf=lambda u: u is None)
+
+
+def widen(x: Any) -> jax.Array:
+    """`x` in the precision in which noise is added and gradients are summed: float32 at least."""
+    x = jnp.asarray(x)
+    if jnp.finfo(x.dtype).bits >= 32:  # noqa: PLR2004  (float32, float64 and their complex kin)
+        return x
+    return x.astype(jnp.float32)
+
+
+def is_function(option: Any) -> bool:
+    """Whether an option is to be called; a module with `__call__` (Equinox) is a pytree of values instead."""
+    return callable(option) and jax.tree_util.all_leaves([option])
+
+
+def as_key(key: Any) -> jax.Array:
+    """`key` as a typed key; raises TypeError, naming the argument, if it is not one PRNG key."""
+    dtype = getattr(key, "dtype", None)
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        if key.shape == ():
+            return key
+        raise TypeError(
+            f"key: expected one PRNG key, got an array of keys of shape {key.shape}; use jax.vmap."
+        )
+    if dtype == np.uint32 and key.ndim == 1:
+        return jax.random.wrap_key_data(key)
+    raise TypeError(f"key: expected a PRNG key such as jax.random.key(0), got {describe(key)}.")
+
+
+def check_inexact(params: PyTree, name: str = "params") -> None:
+    """Raises TypeError, naming the leaf's path, if a leaf is not a float or complex array or scalar."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        dtype = dtype_of(leaf)
+        if dtype is None or not jnp.issubdtype(dtype, np.inexact):
+            raise TypeError(
+                f"{name}: leaf {jax.tree_util.keystr(path) or '(the whole)'} is {describe(leaf)}, expected "
+                "float or complex numbers; keep other leaves out of the differentiated argument."
+            )
+
+
+def _leaf_keys(key: jax.Array, paths: list[str]) -> jax.Array:
+    """One key per path, from 64 bits of its hash; with 32, leaves of a large model might well collide."""
+    digests = b"".join(hashlib.blake2b(path.encode(), digest_size=8).digest() for path in paths)
+    words = np.frombuffer(digests, "<u4").reshape(len(paths), 2).astype(np.uint32)
+    fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+    return jax.vmap(jax.random.fold_in)(fold(key, words[:, 0]), words[:, 1])
+
+
+def _scaled_draw(key: jax.Array, leaf: Any, sigma: Any, sampler: Sampler, path: str) -> jax.Array:
+    w = widen(leaf)
+    real = jnp.finfo(w.dtype).dtype
+    _check_deviation("sigma", sigma, path)
+    if np.broadcast_shapes(np.shape(sigma), w.shape) != w.shape:
+        raise ValueError(
+            f"sigma: shape {np.shape(sigma)} does not broadcast to leaf {path} of shape {w.shape}."
+        )
+
+    def draw(key: jax.Array) -> jax.Array:
+        u = sampler(key, w.shape, real)
+        if jnp.shape(u) != w.shape:
+            raise ValueError(f"sampler: returned shape {jnp.shape(u)} for leaf {path} of shape {w.shape}.")
+        return jnp.broadcast_to(jnp.asarray(sigma).astype(real), w.shape) * jnp.asarray(u, real)
+
+    if jnp.iscomplexobj(w):
+        return jax.lax.complex(*map(draw, jax.random.split(key))) / math.sqrt(2.0)
+    return draw(key)
+
+
+def broadcast_prefix(name: str, option: PyTree, params: PyTree) -> list[Any]:
+    """One entry of `option`, a prefix of `params` or a function to one, for each leaf of `params`."""
+    if is_function(option):
+        option = option(params)
+    try:
+        return jax.tree.leaves(jax.tree.broadcast(option, params))
+    except ValueError as error:
+        reason = str(error).replace("broadcast_prefix prefix_tree", name)
+        raise ValueError(f"{name}: not a prefix of the differentiated argument. {reason}") from None
+
+
+def _as_bool(flag: Any, path: str) -> bool:
+    if isinstance(flag, bool | np.bool_):
+        return bool(flag)
+    raise TypeError(f"mask: expected True or False for leaf {path}, got {describe(flag)}.")
+
+
+def _check_deviation(name: str, value: Any, path: str) -> None:
+    where = f" for leaf {path}" if path else ""
+    if isinstance(value, jax.core.Tracer):
+        return
+    numbers = np.asarray(jax.device_get(value))
+    if numbers.dtype.kind not in "fiu" and not jnp.issubdtype(numbers.dtype, np.floating):
+        raise TypeError(f"{name}: expected a real number{where}, got {describe(value)}.")
+    bad = numbers[~(numbers >= 0)]
+    if bad.size:
+        raise ValueError(f"{name}: expected a standard deviation >= 0{where}, got {bad.flat[0]}.")
+
+
+def dtype_of(x: Any) -> Any:
+    """The dtype of an array or a Python number; None for anything else."""
+    if hasattr(x, "dtype"):
+        return x.dtype
+    return jnp.result_type(x) if isinstance(x, int | float | complex) else None
+
+
+def describe(x: Any) -> str:
+    """`x` in an error message: `float32[2,3]` for an array, the value itself for a number or a name."""
+    if hasattr(x, "shape") and hasattr(x, "dtype"):
+        return f"{x.dtype}[{','.join(map(str, x.shape))}]"
+    return f"{x!r} ({type(x).__name__})" if isinstance(x, int | float | complex | str) else type(x).__name__

@@ -1,0 +1,189 @@
+"""The optax adapter: noise stability optimization as a gradient transformation."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from nso_jax import noise
+from nso_jax.gradients import AxisName, check_options, mean_over_draws
+from nso_jax.noise import PyTree, Sampler, Sigma
+
+
+class NoiseStabilityState(NamedTuple):
+    """State of `noise_stability`.
+
+    Attributes:
+      count: number of updates so far, int32; it picks the next one's noise and drives a schedule of sigma.
+      rng_key: the PRNG key, which never changes, as raw uint32 data: every checkpoint format and `jax.tree`
+        function can handle that.
+    """
+
+    count: jax.Array  # type: ignore[assignment]  # optax's name for it, which hides tuple.count
+    rng_key: jax.Array
+
+
+def noise_stability(
+    sigma: Sigma,
+    *,
+    key: jax.Array,
+    num_samples: int = 1,
+    antithetic: bool = True,
+    sampler: Sampler = noise.normal,
+    mask: PyTree = None,
+    clean_weight: Any = 0.0,
+    chunk_size: int | None = None,
+    axis_name: AxisName | None = None,
+    independent_draws: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    """Replaces the gradient by its average over k antithetic weight perturbations.
+
+        g = 1/(2k) sum_j [grad f(W + U_j) + grad f(W - U_j)]
+        updates = clean_weight * incoming + (1 - clean_weight) * g
+
+    The update needs the gradient function: `tx.update(grads, state, params, grad_fn=grad_fn)`, with
+    `grad_fn(params, i)` as `optax.contrib.sam` takes it in opaque mode. `i` is the evaluation's index, an
+    int32 scalar in the order +1, -1, +2, -2, ...; use the same data in both members of a pair. The incoming
+    updates are the gradient at `params`; with `clean_weight=0` they are ignored, and under jit their
+    computation is dropped.
+
+    A transformation that evaluates the loss must see the params, every gradient and a `grad_fn` for the batch
+    at hand. So it comes first in the chain, and these wrappers stay inside, around what follows it:
+
+    - `chain(noise_stability(...), MultiSteps(optimizer, n).gradient_transformation())`: with `MultiSteps`
+      outside, only the last microbatch's `grad_fn` would count.
+    - `chain(noise_stability(...), apply_if_finite(optimizer, n))`: outside, `apply_if_finite` would check the
+      incoming gradients and not the averaged ones.
+    - `chain(noise_stability(...), masked(optimizer, mask))`, and so for `partition`: outside, the loss would
+      get `MaskedNode`s. To perturb some leaves only, use the argument `mask`.
+
+    `inject_hyperparams` goes outside, with all but `sigma`, `clean_weight` and `key` in its `static_args`.
+
+    Args:
+      sigma: standard deviation of one weight's noise. A scalar, a prefix pytree of the params,
+        `noise.relative`, or an optax schedule: any other function is called with the state's count, and may
+        return all that `nso_jax.value_and_grad` takes, as `lambda count: noise.relative(schedule(count))`.
+      key: a PRNG key, typed or legacy; update number n uses `jax.random.fold_in(key, n)`.
+      num_samples: k, the number of draws; `grad_fn` is evaluated 2k times (k if not `antithetic`).
+      antithetic: evaluate at W + U and W - U.
+      sampler: `sampler(key, shape, dtype)` of unit variance; see `nso_jax.noise`.
+      mask: which leaves are perturbed: bools, a prefix pytree or a function giving one. All by default.
+      clean_weight: lambda in [0, 1], the share of the incoming gradient.
+      chunk_size: draws evaluated at once; see `nso_jax.value_and_grad`.
+      axis_name: inside `shard_map` or `pmap` over that axis: average over it at the end.
+      independent_draws: with `axis_name`, whether each device draws for itself.
+
+    Returns:
+      A transformation whose state is a `NoiseStabilityState`.
+
+    Raises:
+      TypeError: an argument has the wrong type, as `key`, or in `update` `grad_fn` is missing.
+      ValueError: an argument is out of range, or in `update` `params` are missing or masked.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import nso_jax
+      >>> loss = lambda w: jnp.sum(w**4)
+      >>> tx = optax.chain(nso_jax.noise_stability(0.01, key=jax.random.key(0)), optax.sgd(0.01))
+      >>> w = jnp.array([1.0, 2.0])
+      >>> updates, state = tx.update(w, tx.init(w), w, grad_fn=lambda w, i: jax.grad(loss)(w))
+      >>> print(updates.round(2))
+      [-0.04 -0.32]
+
+    References:
+      Zhang, Li and Ju, Noise Stability Optimization for Finding Flat Minima, arXiv 2306.08553, 2023.
+    """
+    key = noise.as_key(key)
+    options = {
+        "num_samples": num_samples,
+        "antithetic": antithetic,
+        "sampler": sampler,
+        "mask": mask,
+        "clean_weight": clean_weight,
+        "chunk_size": chunk_size,
+        "axis_name": axis_name,
+        "independent_draws": independent_draws,
+    }
+    check_options(**options)
+    scheduled = noise.is_function(sigma) and not isinstance(sigma, noise.Relative)
+
+    def init_fn(params: PyTree) -> NoiseStabilityState:
+        del params
+        return NoiseStabilityState(jnp.zeros((), jnp.int32), jax.random.key_data(key))
+
+    def update_fn(
+        updates: PyTree,
+        state: NoiseStabilityState,
+        params: PyTree = None,
+        *,
+        grad_fn: Any = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, NoiseStabilityState]:
+        del extra_args
+        _check_update_arguments(params, grad_fn)
+        rng_key = jax.random.wrap_key_data(state.rng_key, impl=jax.random.key_impl(key))
+        averaged, _ = mean_over_draws(
+            lambda params, i: (grad_fn(params, i), ()),
+            jax.random.fold_in(rng_key, state.count),
+            params,
+            clean=lambda _: updates,
+            like=updates,
+            sigma=sigma(state.count) if scheduled else sigma,
+            **options,
+        )
+        return averaged, state._replace(count=optax.safe_increment(state.count))
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def nso(
+    optimizer: optax.GradientTransformation, sigma: Sigma, *, key: jax.Array, **options: Any
+) -> optax.GradientTransformationExtraArgs:
+    """Noise stability optimization with any optax optimizer: `chain(noise_stability(...), optimizer)`.
+
+    Momentum, weight decay and schedules stay the optimizer's; it sees the averaged gradient.
+
+    Args:
+      optimizer: what gets the averaged gradient.
+      sigma: standard deviation of one weight's noise, as in `noise_stability`.
+      key: a PRNG key.
+      **options: the other arguments of `noise_stability`.
+
+    Returns:
+      A transformation whose `update` takes `grad_fn`.
+
+    Raises:
+      TypeError: as `noise_stability`.
+      ValueError: as `noise_stability`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import nso_jax
+      >>> loss = lambda w, batch: jnp.mean((batch @ w) ** 2)
+      >>> tx = nso_jax.nso(optax.adam(1e-2), 0.05, key=jax.random.key(0))
+      >>> w, batch = jnp.ones(3), jnp.ones((8, 3))
+      >>> grad_fn = lambda w, i: jax.grad(loss)(w, batch)
+      >>> updates, state = tx.update(grad_fn(w, 0), tx.init(w), w, grad_fn=grad_fn)
+      >>> print(updates.round(3))
+      [-0.01 -0.01 -0.01]
+
+    References:
+      Zhang, Li and Ju, Noise Stability Optimization for Finding Flat Minima, arXiv 2306.08553, 2023.
+    """
+    return optax.chain(noise_stability(sigma, key=key, **options), optimizer)
+
+
+def _check_update_arguments(params: PyTree, grad_fn: Any) -> None:
+    call = "call update(updates, state, params, grad_fn=grad_fn)."
+    if params is None:
+        raise ValueError(f"params: noise_stability perturbs them, but got None; {call}")
+    if not callable(grad_fn):
+        found = noise.describe(grad_fn)
+        raise TypeError(f"grad_fn: expected a function (params, i) -> gradients, got {found}; {call}")
+    nodes = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+    if any(isinstance(x, optax.MaskedNode) for x in nodes):
+        raise ValueError(
+            "params: some are optax.MaskedNode, which no loss can take. Put optax.masked and optax.partition "
+            "inside: chain(noise_stability(...), masked(...)). To perturb some leaves only, use mask."
+        )

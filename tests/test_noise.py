@@ -1,0 +1,186 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nso_jax import noise
+
+SAMPLERS = [noise.normal, noise.rademacher, noise.uniform, noise.laplace, noise.centered_binomial]
+COUNT = 200_000
+SIGMAS = 5  # standard errors that a statistic may be off
+
+
+def draw(key, params, sigma=1.0, **options):
+    return noise.perturbation(key, params, sigma, **options)
+
+
+def assert_mean(samples, expected):
+    samples = np.asarray(samples, np.float64).ravel()
+    error = samples.std(ddof=1) / np.sqrt(samples.size)
+    assert abs(samples.mean() - expected) <= SIGMAS * error + 1e-12
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_mean_0_variance_1_and_symmetric(key, sampler):
+    u = np.asarray(sampler(key, (COUNT,), jnp.float32), np.float64)
+    assert_mean(u, 0)
+    assert_mean(u**2, 1)
+    assert_mean(np.sign(u) * u**2, 0)
+    assert_mean(u**3, 0)
+    assert_mean(u > 0.5, (u < -0.5).mean())
+
+
+def test_cauchy_is_symmetric_with_quartiles_at_1(key):
+    u = noise.cauchy(key, (COUNT,))
+    assert_mean(u > 0, 0.5)
+    assert_mean(abs(u) < 1, 0.5)
+
+
+@pytest.mark.parametrize("sampler", [*SAMPLERS, noise.cauchy])
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0), (7,), (2, 3, 5)])
+def test_samplers_give_the_shape_and_dtype_asked_for(key, sampler, shape, x64):
+    for dtype in (jnp.float32, jnp.float64):
+        u = sampler(key, shape, dtype)
+        assert u.shape == shape
+        assert u.dtype == dtype
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_leaves_and_draws_are_independent(sampler):
+    params = {"a": jnp.zeros(COUNT), "b": jnp.zeros(COUNT)}
+    first, second = (draw(k, params, sampler=sampler) for k in jax.random.split(jax.random.key(3)))
+    assert_mean(first["a"] * first["b"], 0)
+    assert_mean(first["a"] * second["a"], 0)
+    assert_mean(first["a"] ** 2 * first["b"] ** 2, 1)
+
+
+def test_a_leafs_noise_depends_on_its_path_alone(key):
+    params = {"a": jnp.zeros(4), "b": {"c": jnp.zeros((2, 3))}, "z": jnp.zeros(4)}
+    whole = draw(key, params)
+    for other in (
+        {"a": params["a"]},
+        {"b": params["b"], "a": params["a"], "aa": jnp.zeros(9)},
+        {"a": params["a"], "b": {"c": params["b"]["c"], "a": jnp.zeros(1)}},
+    ):
+        partly = draw(key, other)
+        np.testing.assert_array_equal(partly["a"], whole["a"])
+        if "b" in other:
+            np.testing.assert_array_equal(partly["b"]["c"], whole["b"]["c"])
+    assert not np.array_equal(whole["a"], whole["z"])
+
+
+def test_typed_and_legacy_keys_draw_the_same():
+    params = {"w": jnp.zeros(5)}
+    np.testing.assert_array_equal(
+        draw(jax.random.PRNGKey(4), params)["w"], draw(jax.random.key(4), params)["w"]
+    )
+
+
+def test_sharded_leaves_get_the_same_noise(key):
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    whole = {"w": jnp.zeros((16, 3))}
+    sharded = jax.device_put(whole, jax.NamedSharding(mesh, jax.P("d")))
+    np.testing.assert_array_equal(jax.jit(draw)(key, whole)["w"], jax.jit(draw)(key, sharded)["w"])
+
+
+def test_noise_is_wide_and_scaled_by_a_prefix(key):
+    params = {"a": {"b": jnp.zeros(3, jnp.bfloat16), "c": jnp.zeros((), jnp.float16)}, "d": jnp.zeros(2), "e": None}
+    u = draw(key, params, {"a": 2.0, "d": jnp.array([0.0, 1.0]), "e": None})
+    plain = draw(key, params)
+    assert u["a"]["b"].dtype == u["a"]["c"].dtype == jnp.float32
+    np.testing.assert_array_equal(u["a"]["b"], 2 * plain["a"]["b"])
+    np.testing.assert_array_equal(u["a"]["c"], 2 * plain["a"]["c"])
+    np.testing.assert_array_equal(u["d"], plain["d"] * jnp.array([0.0, 1.0]))
+    assert u["e"] is None
+
+
+def test_mask_leaves_none(key):
+    params = {"a": jnp.zeros(3), "b": [jnp.zeros(2), jnp.zeros(1)]}
+    for mask in ({"a": True, "b": False}, lambda _: {"a": True, "b": [False, False]}):
+        u = draw(key, params, mask=mask)
+        assert u["b"] == [None, None]
+        np.testing.assert_array_equal(u["a"], draw(key, params)["a"])
+        assert noise.perturb(params, u)["b"][0] is params["b"][0]
+
+
+def test_complex_noise_has_unit_variance_in_both_parts_together(key):
+    u = draw(key, jnp.zeros(COUNT, jnp.complex64), sampler=noise.laplace)
+    assert u.dtype == jnp.complex64
+    assert_mean(abs(u) ** 2, 1)
+    assert_mean(u.real**2, 0.5)
+    assert_mean(u.real * u.imag, 0)
+
+
+def test_perturb_rounds_once():
+    w = jnp.array([1.0, 2.0], jnp.bfloat16)
+    u = jnp.array([0.3, -0.01], jnp.float32)
+    expected = (np.asarray(w, np.float32) - np.asarray(u)).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(noise.perturb(w, u, -1), expected)
+
+
+@pytest.mark.parametrize(
+    ("per", "size"),
+    [
+        ("weight", abs),
+        ("channel", lambda w: np.broadcast_to(np.sqrt((w**2).mean((0, 1), keepdims=True)), w.shape)),
+        ("tensor", lambda w: np.full(w.shape, np.sqrt((w**2).mean()))),
+    ],
+)
+def test_relative_noise_has_the_stated_deviation(key, per, size):
+    w = jax.random.normal(key, (3, 4, 2)) * jnp.array([0.1, 10.0]).reshape(1, 1, 2)
+    sigma = noise.relative(0.3, per)
+    keys = jax.random.split(key, 4000)
+    u = jax.vmap(functools.partial(draw, params=w, sigma=sigma))(keys)
+    deviation = np.asarray(u, np.float64).std(0, ddof=1)
+    expected = 0.3 * size(np.asarray(w, np.float64))
+    # the standard error of a normal sample's standard deviation is 1/sqrt(2n) of it
+    assert np.all(abs(deviation - expected) <= SIGMAS * expected / np.sqrt(2 * len(keys)))
+
+
+def test_relative_noise_of_vectors_scalars_and_other_channel_axes(key):
+    bias = jnp.array([3.0, -4.0])
+    np.testing.assert_allclose(noise.relative(1.0, "channel")(bias), [3, 4])
+    np.testing.assert_allclose(noise.relative(1.0, "tensor")(bias), [12.5**0.5], rtol=1e-6)
+    np.testing.assert_allclose(noise.relative(2.0, "channel")(jnp.float32(-5)), 10)
+    kernel = jnp.array([[3.0, 4.0], [0.0, 1.0]])
+    np.testing.assert_allclose(
+        noise.relative(1.0, "channel", channel_axis=0)(kernel), [[12.5**0.5], [0.5**0.5]], rtol=1e-6
+    )
+    for per in ("weight", "channel", "tensor"):
+        with jax.debug_nans(True):
+            assert draw(key, jnp.zeros((0, 3)), noise.relative(1.0, per)).shape == (0, 3)
+
+
+def test_relative_noise_may_be_scheduled(key):
+    noisy = jax.jit(lambda scale: draw(key, jnp.ones(3), noise.relative(scale)))
+    np.testing.assert_allclose(noisy(2.0), 2 * noisy(1.0))
+
+
+W = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda k: draw(k, W, -0.1), ValueError, r"sigma: expected a standard deviation >= 0 for leaf \['b'\], got -0.1"),
+        (lambda k: draw(k, W, {"w": 0.1, "b": jnp.nan}), ValueError, r"sigma: .* leaf \['b'\], got nan"),
+        (lambda k: draw(k, W, {"w": jnp.full((2, 3), -1.0), "b": 0.1}), ValueError, r"sigma: .* leaf \['w'\], got -1"),
+        (lambda k: draw(k, W, 1j), TypeError, "sigma: expected a real number"),
+        (lambda k: draw(k, W, {"w": 0.1}), ValueError, r"sigma: not a prefix of the differentiated argument\. .*\n *b"),
+        (lambda k: draw(k, W, jnp.ones(2)), ValueError, r"sigma: shape \(2,\) does not broadcast to leaf \['b'\] of shape \(3,\)"),
+        (lambda k: draw(k, W, 0.1, mask={"w": True}), ValueError, "mask: not a prefix"),
+        (lambda k: draw(k, W, 0.1, mask={"w": True, "b": 1}), TypeError, r"mask: expected True or False for leaf \['b'\], got 1 \(int\)"),
+        (lambda k: draw(k, W, 0.1, sampler=lambda *_: jnp.ones(5)), ValueError, r"sampler: returned shape \(5,\) for leaf \['b'\]"),
+        (lambda k: draw(k, {"n": jnp.ones(2, int)}), TypeError, r"params: leaf \['n'\] is int32\[2\], expected float or complex"),
+        (lambda _: draw(0, W), TypeError, r"key: expected a PRNG key such as jax.random.key\(0\), got 0 \(int\)"),
+        (lambda _: draw(None, W), TypeError, "key: expected a PRNG key.*, got None"),
+        (lambda k: draw(jax.random.split(k), W), TypeError, r"key: expected one PRNG key, got .* shape \(2,\); use jax.vmap"),
+        (lambda _: noise.relative(-1), ValueError, "scale: expected a standard deviation >= 0, got -1"),
+        (lambda _: noise.relative(1, "layer"), ValueError, "per: expected 'weight', 'channel' or 'tensor', got 'layer'"),
+    ],
+)
+def test_errors_name_argument_value_and_leaf(key, call, error, message):
+    with pytest.raises(error, match=message):
+        call(key)
