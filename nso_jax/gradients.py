@@ -304,7 +304,7 @@ def _over_draws(fun: Callable[..., PyTree], size: int) -> Callable[..., PyTree]:
 
 def _zero_once_computed(tree: PyTree) -> jax.Array:
     """The int32 zero, but known only after `tree` is: what uses it waits, so that memory does not add up."""
-    if not _on_cpu():
+    if not _on_cpu() or jax.device_count() > 1:  # an entry of a sharded leaf would have to be communicated
         return jax.lax.optimization_barrier((tree, jnp.int32(0)))[1]
     # XLA:CPU drops barriers before it schedules. No number is above infinity, but XLA does not know.
     entries = [jnp.real(x[(0,) * x.ndim]).astype(jnp.float32) for x in jax.tree.leaves(tree) if x.size]
@@ -353,7 +353,8 @@ def as_loss(out: Any, *, has_aux: bool) -> tuple[jax.Array, PyTree]:
     if has_aux and not (isinstance(out, tuple | list) and len(out) == 2):  # noqa: PLR2004
         raise TypeError(f"fun: has_aux is True, so expected a pair (loss, aux), got {noise.describe(out)}.")
     value, aux_out = out if has_aux else (out, None)
-    if getattr(value, "shape", ()) != () or not jnp.issubdtype(noise.dtype_of(value), jnp.floating):
+    dtype = noise.dtype_of(value)
+    if dtype is None or jnp.shape(value) != () or not jnp.issubdtype(dtype, jnp.floating):
         hint = "" if has_aux or not isinstance(out, tuple) else " For a pair (loss, aux) set has_aux=True."
         raise TypeError(f"fun: expected a real scalar as the loss, got {noise.describe(value)}.{hint}")
     return value, aux_out

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from nso_jax import gradients
+from nso_jax import gradients, noise
 from nso_jax.noise import PyTree, Sigma
 
 
@@ -72,27 +72,26 @@ def value_and_grad(
     def split(arguments: PyTree) -> Any:
         return nnx.split(arguments, is_differentiated, ...)
 
+    def loss(params: nnx.State, graphdef: Any, rest: nnx.State) -> tuple[Any, PyTree]:
+        # tree.map copies the variables, so that no evaluation sees what another did to them
+        copies = nnx.merge(graphdef, nnx.State({0: params}), jax.tree.map(lambda x: x, rest))
+        model, args, kwargs = copies
+        value, aux_out = gradients.as_loss(fun(model, *args, **kwargs), has_aux=has_aux)
+        return value, (aux_out, _moved(rest, split(copies)[2]))
+
+    modes = (aux, "clean" if aux == "clean" else "mean")
+    averaged = gradients.value_and_grad(loss, sigma=sigma, has_aux=True, aux=modes, **options)
+
     def value_and_grad_fn(key: jax.Array, /, model: Any, *args: Any, **kwargs: Any) -> tuple[Any, nnx.State]:
+        key = noise.as_key(key)
         arguments = (model, args, kwargs)
         graphdef, selected, rest = split(arguments)
         if not selected:
             raise ValueError(f"wrt: {wrt!r} selects no variable of the {type(model).__name__}.")
-
-        def loss(params: nnx.State) -> tuple[Any, PyTree]:
-            # tree.map copies the variables, so that no evaluation sees what another did to them
-            copies = nnx.merge(graphdef, nnx.State({0: params}), jax.tree.map(lambda x: x, rest))
-            model, args, kwargs = copies
-            out = gradients.as_loss(fun(model, *args, **kwargs), has_aux=has_aux)
-            return out[0], (out[1], _moved(rest, split(copies)[2]))
-
-        modes = (aux, "clean" if aux == "clean" else "mean")
-        fn = gradients.value_and_grad(loss, sigma=sigma, has_aux=True, aux=modes, **options)
-        (value, (aux_out, moved)), grads = fn(key, selected[0])
+        (value, (aux_out, moved)), grads = averaged(key, selected[0], graphdef, rest)
         paths = [path for path, _ in nnx.to_flat_state(rest)]
-        nnx.update(
-            arguments,
-            nnx.from_flat_state([(p, new) for p, new in zip(paths, moved, strict=True) if new is not None]),
-        )
+        new = [(path, variable) for path, variable in zip(paths, moved, strict=True) if variable is not None]
+        nnx.update(arguments, nnx.from_flat_state(new))
         return ((value, aux_out) if has_aux else value), grads
 
     return value_and_grad_fn

@@ -341,7 +341,7 @@ def _scaled_draw(key: jax.Array, leaf: Any, sigma: Any, sampler: Sampler, path: 
     w = widen(leaf)
     real = jnp.finfo(w.dtype).dtype
     _check_deviation("sigma", sigma, path)
-    if np.broadcast_shapes(np.shape(sigma), w.shape) != w.shape:
+    if not _broadcasts_to(np.shape(sigma), w.shape):
         raise ValueError(
             f"sigma: shape {np.shape(sigma)} does not broadcast to leaf {path} of shape {w.shape}."
         )
@@ -357,6 +357,13 @@ def _scaled_draw(key: jax.Array, leaf: Any, sigma: Any, sampler: Sampler, path: 
     return draw(key)
 
 
+def _broadcasts_to(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
+    try:
+        return np.broadcast_shapes(shape, target) == target
+    except ValueError:
+        return False
+
+
 def broadcast_prefix(name: str, option: PyTree, params: PyTree) -> list[Any]:
     """One entry of `option`, a prefix of `params` or a function to one, for each leaf of `params`."""
     if is_function(option):
@@ -364,7 +371,7 @@ def broadcast_prefix(name: str, option: PyTree, params: PyTree) -> list[Any]:
     try:
         return jax.tree.leaves(jax.tree.broadcast(option, params))
     except ValueError as error:
-        reason = str(error).replace("broadcast_prefix prefix_tree", name)
+        reason = " ".join(str(error).replace("broadcast_prefix prefix_tree", name).split())
         raise ValueError(f"{name}: not a prefix of the differentiated argument. {reason}") from None
 
 

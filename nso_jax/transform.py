@@ -110,7 +110,8 @@ def noise_stability(
 
     def init_fn(params: PyTree) -> NoiseStabilityState:
         del params
-        return NoiseStabilityState(jnp.zeros((), jnp.int32), jax.random.key_data(key))
+        copy = jnp.array(jax.random.key_data(key))  # the state may be donated, the caller's key may not
+        return NoiseStabilityState(jnp.zeros((), jnp.int32), copy)
 
     def update_fn(
         updates: PyTree,

@@ -18,5 +18,12 @@ def x64():
 
 
 @pytest.fixture
+def standard_promotion():
+    """For optimizers that need it: optax's Adam multiplies Python floats by int32 counts."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture
 def key():
     return jax.random.key(20)

@@ -168,7 +168,7 @@ W = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
         (lambda k: draw(k, W, {"w": 0.1, "b": jnp.nan}), ValueError, r"sigma: .* leaf \['b'\], got nan"),
         (lambda k: draw(k, W, {"w": jnp.full((2, 3), -1.0), "b": 0.1}), ValueError, r"sigma: .* leaf \['w'\], got -1"),
         (lambda k: draw(k, W, 1j), TypeError, "sigma: expected a real number"),
-        (lambda k: draw(k, W, {"w": 0.1}), ValueError, r"sigma: not a prefix of the differentiated argument\. .*\n *b"),
+        (lambda k: draw(k, W, {"w": 0.1}), ValueError, r"sigma: not a prefix of the differentiated argument.* symmetric difference on key sets is b"),
         (lambda k: draw(k, W, jnp.ones(2)), ValueError, r"sigma: shape \(2,\) does not broadcast to leaf \['b'\] of shape \(3,\)"),
         (lambda k: draw(k, W, 0.1, mask={"w": True}), ValueError, "mask: not a prefix"),
         (lambda k: draw(k, W, 0.1, mask={"w": True, "b": 1}), TypeError, r"mask: expected True or False for leaf \['b'\], got 1 \(int\)"),

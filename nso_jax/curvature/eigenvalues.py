@@ -30,10 +30,10 @@ class Eigenpairs(NamedTuple):
     """Eigenvalues and eigenvectors of a Hessian, the most wanted first.
 
     Attributes:
-        values: k eigenvalues in float64.
-        vectors: List of k eigenvectors of unit norm, pytrees like `params`.
-        residuals: `||H v - value v||` of each pair, measured: some eigenvalue is at most so far from `value`.
-        num_products: Hessian-vector products that it took, those for the residuals among them.
+      values: k eigenvalues in float64.
+      vectors: list of k eigenvectors of unit norm, pytrees like `params`.
+      residuals: `||H v - value v||` of each pair, measured: some eigenvalue is at most so far from `value`.
+      num_products: Hessian-vector products that it took, those for the residuals among them.
     """
 
     values: np.ndarray
@@ -54,7 +54,7 @@ def eigenvalues(
     max_products: int | None = None,
     mask: Any = None,
 ) -> Eigenpairs:
-    r"""Computes the k largest eigenvalues of the Hessian H of the mean loss, with their eigenvectors.
+    """Computes the k largest eigenvalues of the Hessian H of the mean loss, with their eigenvectors.
 
     Lanczos' method: in an orthonormal basis Q of m vectors, each the product of the one before, made
     orthogonal to all before it (full re-orthogonalisation), H is the tridiagonal T = Q^T H Q. An eigenpair
@@ -68,90 +68,86 @@ def eigenvalues(
 
     When Q spans an invariant subspace before that, as it does when H has few distinct eigenvalues, a new
     random direction extends it, so that repeated eigenvalues are found as often as they are there. Where an
-    eigenvalue is repeated exactly among many others, the method may stop before it meets the second copy.
+    eigenvalue is repeated exactly among many others, the method may stop before it meets the last copies.
 
-    The basis is kept in host memory in float64: 8 bytes a parameter and product. The products have the
-    precision of `params`, so in float32 residuals end at about 1e-6 of the largest eigenvalue.
+    The basis is kept in host memory in float64: 8 bytes for each parameter and product. The products have
+    the precision of `params`: in float32, residuals end at 1e-7 to 1e-6 of the largest eigenvalue.
 
     Args:
-        key: PRNG key for the start vector.
-        fun: `fun(params, batch)` is the mean loss over the batch, a real scalar, as in `hvp`.
-        params: Any pytree of real arrays.
-        batches: One batch, or a list or other re-iterable of batches, by the rule of `hvp`.
-        k: How many eigenvalues.
-        which: "largest" (the most positive: the sharpest directions), "smallest" (the most negative first)
-            or "magnitude" (by absolute value).
-        tol: Largest residual to stop at, relative to the largest absolute eigenvalue. An eigenvalue's
-            own error is of the order of the residual's square, so 1e-6 is ample.
-        max_products: The most products, those for the residuals included; at least 2 k. The default is
-            1000 + k, or the number of parameters + k where that is less: enough for an exact result.
-        mask: Bools, a prefix pytree of `params` or a callable giving one: only these leaves' block of H. The
-            vectors are zero elsewhere.
+      key: PRNG key for the start vector.
+      fun: `fun(params, batch)` is the mean loss over the batch, a real scalar, as in `hvp`.
+      params: any pytree of real arrays.
+      batches: one batch, or a list or other re-iterable of batches, by the rule of `hvp`.
+      k: how many eigenvalues.
+      which: "largest" (the most positive: the sharpest directions), "smallest" (the most negative first)
+        or "magnitude" (by absolute value).
+      tol: largest residual to stop at, relative to the largest absolute eigenvalue. The error of an
+        eigenvalue is then at most of that size, and of its square where no other one is near.
+      max_products: the most products, those for the residuals included; at least 2 k. The default is
+        1000 + k, or the number of parameters + k where that is less: enough for an exact result.
+      mask: bools, a prefix pytree of `params` or a callable giving one: only these leaves' block of H. The
+        vectors are zero elsewhere.
 
     Returns:
-        The `Eigenpairs`, the most wanted first: with "largest", the values descend.
+      The `Eigenpairs`, the most wanted first: with "largest", the values descend.
 
     Warns:
-        UserWarning: `max_products` ended the iteration before the tolerance was met; the result is the best
-            found, and its residuals say how good.
+      UserWarning: `max_products` ended the iteration before the tolerance was met; the result is the best
+        found, and its residuals say how good.
 
     Raises:
-        TypeError: `key` is not a PRNG key, or `fun`, `params` or `batches` is none that `hvp` takes.
-        ValueError: `k` is less than 1 or more than the number of parameters, `which` is unknown, `tol` is not
-            positive, `max_products` is less than 2 k, or `mask` does not fit `params` or selects nothing.
-        FloatingPointError: The product of a batch is not finite.
+      TypeError: `key` is not a PRNG key, or `fun`, `params` or `batches` is none that `hvp` takes.
+      ValueError: `k` is less than 1 or more than the number of parameters, `which` is unknown, `tol` is not
+        positive, `max_products` is less than 2 k, or `mask` does not fit `params` or selects nothing.
+      FloatingPointError: the product of a batch is not finite.
 
     Example:
-        >>> import jax
-        >>> import jax.numpy as jnp
-        >>> from nso_jax import curvature
-        >>> def loss(params, batch):
-        ...     return jnp.mean((batch @ params["w"]) ** 2) / 2
-        >>> params, batch = {"w": jnp.zeros(3)}, jnp.diag(jnp.array([3.0, 6.0, 9.0]))
-        >>> pairs = curvature.eigenvalues(jax.random.key(0), loss, params, batch, k=2)
-        >>> pairs.values.round(3)
-        array([27., 12.])
-        >>> abs(pairs.vectors[0]["w"]).round(3)
-        Array([0., 0., 1.], dtype=float32)
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from nso_jax import curvature
+      >>> def loss(params, batch):
+      ...     return jnp.mean((batch @ params["w"]) ** 2) / 2
+      >>> params, batch = {"w": jnp.zeros(3)}, jnp.diag(jnp.array([3.0, 6.0, 9.0]))
+      >>> pairs = curvature.eigenvalues(jax.random.key(0), loss, params, batch, k=2)
+      >>> pairs.values.round(3)
+      array([27., 12.])
+      >>> abs(pairs.vectors[0]["w"]).round(3)
+      Array([0., 0., 1.], dtype=float32)
 
     References:
-        Golub, Van Loan, Matrix Computations, 4th edition, chapter 10, Johns Hopkins University Press, 2013.
-        Parlett, The Symmetric Eigenvalue Problem, chapter 13, SIAM, 1998.
+      Golub, Van Loan, Matrix Computations, 4th edition, chapter 10, Johns Hopkins University Press, 2013.
+      Parlett, The Symmetric Eigenvalue Problem, chapter 13, SIAM, 1998.
     """
     check_key(key)
     if which not in _RANKS:
-        raise ValueError(f"which must be one of {', '.join(map(repr, _RANKS))}; got {which!r}")
+        raise ValueError(f"which: expected one of {', '.join(map(repr, _RANKS))}, got {which!r}.")
     check_tolerance("tol", tol)
     params = check_params(params)
     flags = leaf_mask(mask, params)
     dimension = sum(leaf.size for leaf, flag in zip(jax.tree.leaves(params), flags, strict=True) if flag)
     check_count("k", k, 1)
     if k > dimension:
-        raise ValueError(f"k must be at most the number of parameters, {dimension}; got {k}")
+        raise ValueError(f"k: expected at most the number of parameters, {dimension}, got {k}.")
     if max_products is not None:
         check_count("max_products", max_products, 2 * k)
     steps = min(dimension, 1000 if max_products is None else max_products - k)
-
     tree_product = mean_hessian_product(fun, params, batches)
 
     def product(vector: np.ndarray) -> np.ndarray:
         return _ravel(tree_product(_unravel(vector, params, flags)), flags)
 
-    # What the products' own rounding leaves of a vector is no new direction, however small tol is.
     floor = max(tol, *(_epsilon(leaf.dtype) for leaf in jax.tree.leaves(params)))
     target = _Target(k, _RANKS[which], tol, floor, steps)
     krylov = _lanczos(key, product, dimension, target)
-    ritz_values, small_vectors = eigh_tridiagonal(krylov.diagonal, krylov.off_diagonal)
-    wanted = _most_wanted(ritz_values, target)
-    vectors = [_unravel(krylov.basis.T @ small_vectors[:, i], params, flags) for i in wanted]
+    vectors = [_unravel(vector, params, flags) for vector in _ritz_vectors(krylov, target)]
     values, residuals = np.transpose([_rayleigh(_ravel(vector, flags), product) for vector in vectors])
-    order = _most_wanted(values, target)
     if not krylov.settled:
         warnings.warn(
-            f"eigenvalues stopped after {steps + k} products, before tol={tol}: its largest residual is "
-            f"{residuals.max():.2g}. Raise max_products or tol",
+            f"eigenvalues stopped after {steps + k} products, before tol={tol}: the largest residual is "
+            f"{residuals.max():.2g}. Raise max_products or tol.",
             stacklevel=2,
         )
+    order = _most_wanted(values, target)
     return Eigenpairs(values[order], [vectors[i] for i in order], residuals[order], len(krylov.basis) + k)
 
 
@@ -161,7 +157,9 @@ class _Target(NamedTuple):
     k: int
     rank: Callable[[np.ndarray], np.ndarray]
     tol: float  # of a wanted pair's residual, relative to the largest |theta|
-    floor: float  # what is left of a product is nothing below this, relative to the largest product
+    # What is left of a product is taken for zero below this, relative to the largest product: the basis then
+    # spans an invariant subspace to the tolerance, or to the products' rounding if that is coarser.
+    floor: float
     steps: int
 
 
@@ -212,6 +210,14 @@ def _lanczos(
         else:
             vector = image / beta
         off_diagonal.append(0.0 if invariant else beta)
+
+
+def _ritz_vectors(krylov: _Krylov, target: _Target) -> np.ndarray:
+    """The wanted eigenvectors, a row for each."""
+    ritz_values, small_vectors = eigh_tridiagonal(krylov.diagonal, krylov.off_diagonal)
+    wanted = _most_wanted(ritz_values, target)
+    rows: np.ndarray = small_vectors[:, wanted].T @ krylov.basis
+    return rows
 
 
 def _settled(

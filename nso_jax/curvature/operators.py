@@ -16,50 +16,49 @@ def hvp(fun: Callable[[Any, Any], jax.Array], params: Any, batches: Any) -> Call
 
         H v = sum_b (n_b / N) d/dt grad fun(params + t v, batch_b) at t = 0,
 
-    the forward derivative of a gradient: two to three gradients' time, about twice their memory, no matrix.
+    the forward derivative of a gradient: about two gradients' time, about twice their memory, no matrix.
 
     Each shape of batch is compiled once; the loop over the batches runs in Python, with one batch's
     temporaries on the device at a time. The products are summed over the batches by compensated (Kahan)
     summation, in float32 or, for float64 params, in float64, so the error does not grow with their number.
 
     Args:
-        fun: `fun(params, batch)` is the mean loss over the batch, a real scalar. Batch normalization in
-            training mode, or dropout without a fixed key, would give another function for every batch. A
-            plain function is compiled anew for every `hvp`, because the variables that it closes over may
-            have changed; a jitted one (`jax.jit(fun)`) promises that they have not, and its compiled product
-            is kept for the next call.
-        params: Any pytree of real arrays, with n weights in all.
-        batches: Either one batch: an array, a tuple, a dict, a NamedTuple or any other pytree that is not a
-            list. Or many: a list of them, or an iterable that is no pytree and can be iterated again, such as
-            a data loader, which must give the same examples in every pass. A batch of None or () suits a
-            loss without data. A batch counts by its size: the length of the leading axis of its first leaf
-            that has one. Arrays in host memory are copied to the device for every product.
+      fun: `fun(params, batch)` is the mean loss over the batch, a real scalar, and depends on nothing else:
+        use batch normalization's running statistics and a fixed dropout key, or none. A plain function is
+        compiled anew by every call of `hvp`, because the variables that it closes over may have changed;
+        a jitted one (`jax.jit(fun)`) promises that they have not, and stays compiled for the next call.
+      params: any pytree of real arrays.
+      batches: either one batch: an array, a tuple, a dict, a NamedTuple or any other pytree that is not a
+        list. Or many: a list of them, or an iterable that is no pytree and can be iterated again, such as
+        a data loader, which must give the same examples in every pass. A batch of None or () suits a
+        loss without data. A batch counts by its size: the length of the leading axis of its first leaf
+        that has one. Arrays in host memory are copied to the device for every product.
 
     Returns:
-        `product(tangent)`, from a pytree like `params` to another, of the same dtypes. It loops in Python,
-        so it cannot itself be jitted, vmapped or differentiated.
+      `product(tangent)`, from a pytree like `params` to another, of the same dtypes. It loops in Python,
+      so it cannot itself be jitted, vmapped or differentiated.
 
     Raises:
-        TypeError: `fun` is not callable or returns no real scalar, a leaf of `params` is not real floating
-            point, or `batches` is a generator or other iterator, which ends after one pass.
-        ValueError: There are no batches, one of them has no examples, or the tangent is unlike `params`.
-        FloatingPointError: The product of a batch is not finite.
+      TypeError: `fun` is not callable or returns no real scalar, a leaf of `params` is not real floating
+        point, or `batches` is a generator or other iterator, which ends after one pass.
+      ValueError: there are no batches, one of them has no examples, or the tangent is unlike `params`.
+      FloatingPointError: the product of a batch is not finite.
 
     Example:
-        The loss `(w . x)^2 / 2` has the Hessian `x x^T`, averaged over the examples.
+      The loss `(w . x)^2 / 2` has the Hessian `x x^T`, averaged over the examples.
 
-        >>> import jax.numpy as jnp
-        >>> from nso_jax import curvature
-        >>> def loss(params, batch):
-        ...     return jnp.mean((batch @ params["w"]) ** 2) / 2
-        >>> params = {"w": jnp.zeros(2)}
-        >>> batches = [jnp.array([[1.0, 0.0], [1.0, 0.0]]), jnp.array([[0.0, 3.0]])]
-        >>> product = curvature.hvp(loss, params, batches)
-        >>> print(product({"w": jnp.array([3.0, 1.0])})["w"])
-        [2. 3.]
+      >>> import jax.numpy as jnp
+      >>> from nso_jax import curvature
+      >>> def loss(params, batch):
+      ...     return jnp.mean((batch @ params["w"]) ** 2) / 2
+      >>> params = {"w": jnp.zeros(2)}
+      >>> batches = [jnp.array([[1.0, 0.0], [1.0, 0.0]]), jnp.array([[0.0, 3.0]])]
+      >>> product = curvature.hvp(loss, params, batches)
+      >>> print(product({"w": jnp.array([3.0, 1.0])})["w"])
+      [2. 3.]
 
     References:
-        Pearlmutter, Fast exact multiplication by the Hessian, Neural Computation 6(1), 1994.
+      Pearlmutter, Fast exact multiplication by the Hessian, Neural Computation 6(1), 1994.
     """
     params = check_params(params)
     mean_product = mean_hessian_product(fun, params, batches)
@@ -77,9 +76,11 @@ def mean_hessian_product(
     """`hvp` for checked params, without its last cast: the product is in float32 at least."""
     check_batches(batches)
     if not callable(fun):
-        raise TypeError(f"fun must be a function of params and a batch; got {fun!r}")
+        raise TypeError(f"fun: expected a function of params and a batch, got {fun!r}.")
     add = _kept_step(fun) if isinstance(fun, jax.stages.Wrapped) else _new_step(fun)
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), params)
+    zeros = jax.tree.map(
+        lambda p: jnp.zeros(p.shape, jnp.float64 if p.dtype == jnp.float64 else jnp.float32), params
+    )
 
     def product(tangent: Any) -> Any:
         sums, finite = (zeros, zeros), []
@@ -90,11 +91,11 @@ def mean_hessian_product(
             sums, ok = add(sums, sizes[-1] / sizes[0], params, batch, tangent)
             finite.append(ok)
         if not sizes:
-            raise ValueError("batches is empty: its iteration gave no batch")
+            raise ValueError("batches is empty: its iteration gave no batch.")
         # Asked only now: waiting for each batch would leave the device idle between them.
         if not all(jax.device_get(finite)):
             index = [bool(ok) for ok in finite].index(False)
-            raise FloatingPointError(f"the Hessian-vector product of batches[{index}] is not finite")
+            raise FloatingPointError(f"The Hessian-vector product of batches[{index}] is not finite.")
         return _divide(sums[0], sum(sizes) / sizes[0])
 
     return product
@@ -144,21 +145,19 @@ def _is_loader(batches: Any) -> bool:
 
 def _size(batch: Any, index: int) -> int:
     """The number of examples in a batch; 1 where no leaf has a leading axis."""
-    size = next((int(np.shape(leaf)[0]) for leaf in jax.tree.leaves(batch) if np.ndim(leaf)), 1)
-    if size == 0:
-        raise ValueError(
-            f"batches[{index}] has no examples: the leading axis of its first array has length 0"
-        )
-    return size
+    shape = next((np.shape(leaf) for leaf in jax.tree.leaves(batch) if np.ndim(leaf)), (1,))
+    if shape[0] == 0:
+        raise ValueError(f"batches[{index}] has no examples: its first array has shape {shape}.")
+    return int(shape[0])
 
 
 def check_batches(batches: Any) -> None:
     """Raises for batches that a second product would find exhausted, and for an empty list."""
     if hasattr(batches, "__next__"):
         kind = "a generator" if hasattr(batches, "gi_frame") else f"an iterator ({type(batches).__name__})"
-        raise TypeError(f"batches is {kind}: it ends after one pass; give a list")
+        raise TypeError(f"batches is {kind}: it ends after one pass; give a list.")
     if isinstance(batches, list) and not batches:
-        raise ValueError("batches is empty: give at least one batch")
+        raise ValueError("batches is empty: give at least one batch.")
 
 
 def check_params(params: Any) -> Any:
@@ -167,12 +166,13 @@ def check_params(params: Any) -> Any:
         dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
         if jnp.issubdtype(dtype, jnp.complexfloating):
             raise TypeError(
-                f"params{jax.tree_util.keystr(path)} is {dtype}: curvature is of real parameters; "
-                "give the real and the imaginary part as two leaves"
+                f"params: leaf {jax.tree_util.keystr(path)} is {dtype}, but curvature is of real parameters; "
+                "give the real and the imaginary part as two leaves."
             )
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(
-                f"params{jax.tree_util.keystr(path)} is {dtype}: it has no Hessian; let fun close over it"
+                f"params: leaf {jax.tree_util.keystr(path)} is {dtype}, which has no derivative; "
+                "let fun close over it or take it from the batch."
             )
     return jax.tree.map(jnp.asarray, params)
 
@@ -183,19 +183,19 @@ def check_key(key: Any) -> None:
     typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and shape == ()
     legacy = dtype == np.uint32 and shape in {(2,), (4,)}
     if not (typed or legacy):
-        raise TypeError(f"key must be a PRNG key such as jax.random.key(0); got {key!r}")
+        raise TypeError(f"key: expected a PRNG key such as jax.random.key(0), got {key!r}.")
 
 
 def check_count(name: str, value: Any, minimum: int) -> None:
     """Raises unless `value` is an integer of at least `minimum`."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < minimum:
-        raise ValueError(f"{name} must be an integer of at least {minimum}; got {value!r}")
+        raise ValueError(f"{name}: expected an integer of at least {minimum}, got {value!r}.")
 
 
 def check_tolerance(name: str, value: Any) -> None:
     """Raises unless `value` is a positive, finite number."""
     if not 0 < value < np.inf:
-        raise ValueError(f"{name} must be positive and finite; got {value!r}")
+        raise ValueError(f"{name}: expected a positive, finite number, got {value!r}.")
 
 
 def leaf_mask(mask: Any, params: Any) -> list[bool]:
@@ -205,13 +205,13 @@ def leaf_mask(mask: Any, params: Any) -> list[bool]:
     prefix = mask(params) if callable(mask) else mask
     for path, leaf in jax.tree.leaves_with_path(prefix):
         if not isinstance(leaf, bool | np.bool):
-            raise TypeError(f"mask{jax.tree_util.keystr(path)} must be a bool; got {leaf!r}")
+            raise TypeError(f"mask: expected True or False at {jax.tree_util.keystr(path)}, got {leaf!r}.")
     try:
         flags: list[bool] = jax.tree.leaves(jax.tree.broadcast(prefix, params))
     except ValueError as error:
-        raise ValueError(f"mask must be a prefix of params: {error}") from error
+        raise ValueError(f"mask: not a prefix of params. {error}") from error
     if not any(flags):
-        raise ValueError("mask selects no leaf of params")
+        raise ValueError("mask: selects no leaf of params.")
     return flags
 
 
@@ -220,16 +220,16 @@ def _check_loss(value: Any) -> Any:
     if isinstance(value, float) or (jnp.issubdtype(dtype, jnp.floating) and shape == ()):
         return value
     what = f"{dtype}{list(shape)}" if hasattr(value, "dtype") else f"a {type(value).__name__}"
-    raise TypeError(f"fun must return a real scalar, the mean loss over the batch; it returned {what}")
+    raise TypeError(f"fun: expected a real scalar, the mean loss over the batch, got {what}.")
 
 
 def _check_tangent(tangent: Any, params: Any) -> None:
     given: Any = jax.tree.structure(tangent)
     expected: Any = jax.tree.structure(params)
     if given != expected:
-        raise ValueError(f"tangent must be a pytree like params: {given} is not {expected}")
+        raise ValueError(f"tangent: expected a pytree like params, {expected}, got {given}.")
     leaves = jax.tree.leaves(tangent)
     for (path, like), leaf in zip(jax.tree.leaves_with_path(params), leaves, strict=True):
         if np.shape(leaf) != like.shape:
             where = jax.tree_util.keystr(path)
-            raise ValueError(f"tangent{where} has shape {np.shape(leaf)}, but params{where} {like.shape}")
+            raise ValueError(f"tangent: expected shape {like.shape} for leaf {where}, got {np.shape(leaf)}.")

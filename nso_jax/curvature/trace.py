@@ -27,10 +27,10 @@ class Estimate(NamedTuple):
     """A mean over random probes and how far off it may be.
 
     Attributes:
-        value: The estimate.
-        standard_error: One standard deviation of `value`, estimated from the probes.
-        num_products: Hessian-vector products that it took.
-        per_leaf: A pytree like `params`: how much of `value` each leaf contributes, as numbers.
+      value: the estimate.
+      standard_error: one standard deviation of `value`, estimated from the probes.
+      num_products: Hessian-vector products that it took.
+      per_leaf: a pytree like `params`: how much of `value` each leaf contributes, as numbers.
     """
 
     value: float
@@ -50,7 +50,7 @@ def trace(
     rtol: float | None = None,
     mask: Any = None,
 ) -> Estimate:
-    r"""Estimates the trace of the Hessian H of the mean loss, with its standard error.
+    """Estimates the trace of the Hessian H of the mean loss, with its standard error.
 
     Hutchinson's estimate with m probes v of independent random signs, one product each:
 
@@ -60,46 +60,46 @@ def trace(
     Hessian needs one probe, and four times the probes halve the error. The probes' own sums are in float64.
 
     Args:
-        key: PRNG key. Probe j depends on the key and on j alone, so more products extend fewer.
-        fun: `fun(params, batch)` is the mean loss over the batch, a real scalar, as in `hvp`.
-        params: Any pytree of real arrays.
-        batches: One batch, or a list or other re-iterable of batches, by the rule of `hvp`.
-        method: "hutchinson", the only one yet.
-        num_products: Probes, each with one Hessian-vector product over all batches; the most of them when
-            `rtol` is given. At least 2, because one probe says nothing about its error.
-        rtol: Stop as soon as the standard error is at most `rtol` times the absolute value of the estimate,
-            after 10 probes at the earliest. Stopping at the first good-looking error makes it a little too
-            small; the returned one shows whether the tolerance was reached. None: take all the probes.
-        mask: Bools, a prefix pytree of `params` or a callable giving one: only these leaves' block of H.
+      key: PRNG key. Probe j depends on the key and on j alone, so more products extend fewer.
+      fun: `fun(params, batch)` is the mean loss over the batch, a real scalar, as in `hvp`.
+      params: any pytree of real arrays.
+      batches: one batch, or a list or other re-iterable of batches, by the rule of `hvp`.
+      method: "hutchinson", the only one yet.
+      num_products: probes, each with one Hessian-vector product over all batches; the most of them when
+        `rtol` is given. At least 2, because one probe says nothing about its error.
+      rtol: stop as soon as the standard error is at most `rtol` times the absolute value of the estimate,
+        after 10 probes at the earliest. Stopping at the first good-looking error makes it a little too
+        small; the returned one shows whether the tolerance was reached. None: take all the probes.
+      mask: bools, a prefix pytree of `params` or a callable giving one: only these leaves' block of H.
 
     Returns:
-        An `Estimate`. `per_leaf` holds the mean of `v_l . (H v)_l` for each leaf l, an unbiased estimate of
-        the trace of that leaf's own block of H, and adds up to `value`. It is noisier, relative to its
-        size, than `value`: for one layer's trace, mask the others.
+      An `Estimate`. `per_leaf` holds the mean of `v_l . (H v)_l` for each leaf l, an unbiased estimate of
+      the trace of that leaf's own block of H, and adds up to `value`. It is noisier, relative to its
+      size, than `value`: for one layer's trace, mask the others.
 
     Raises:
-        TypeError: `key` is not a PRNG key, or `fun`, `params` or `batches` is none that `hvp` takes.
-        ValueError: `method` is unknown, `num_products` is less than 2, `rtol` is not positive, or `mask` does
-            not fit `params` or selects nothing.
-        FloatingPointError: The product of a batch is not finite.
+      TypeError: `key` is not a PRNG key, or `fun`, `params` or `batches` is none that `hvp` takes.
+      ValueError: `method` is unknown, `num_products` is less than 2, `rtol` is not positive, or `mask` does
+        not fit `params` or selects nothing.
+      FloatingPointError: the product of a batch is not finite.
 
     Example:
-        >>> import jax
-        >>> import jax.numpy as jnp
-        >>> from nso_jax import curvature
-        >>> def loss(params, batch):
-        ...     return jnp.mean((batch @ params["w"]) ** 2) / 2
-        >>> params, batch = {"w": jnp.zeros(3)}, jnp.diag(jnp.array([3.0, 6.0, 9.0]))
-        >>> estimate = curvature.trace(jax.random.key(0), loss, params, batch, num_products=10)
-        >>> round(estimate.value, 3), round(estimate.standard_error, 3)  # a diagonal H: exact
-        (42.0, 0.0)
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from nso_jax import curvature
+      >>> def loss(params, batch):
+      ...     return jnp.mean((batch @ params["w"]) ** 2) / 2
+      >>> params, batch = {"w": jnp.zeros(3)}, jnp.diag(jnp.array([3.0, 6.0, 9.0]))
+      >>> estimate = curvature.trace(jax.random.key(0), loss, params, batch, num_products=10)
+      >>> round(estimate.value, 3), round(estimate.standard_error, 3)  # a diagonal H: exact
+      (42.0, 0.0)
 
     References:
-        Hutchinson, A stochastic estimator of the trace of the influence matrix for Laplacian smoothing
-        splines, Communications in Statistics: Simulation and Computation 19(2), 1990.
+      Hutchinson, A stochastic estimator of the trace of the influence matrix for Laplacian smoothing
+      splines, Communications in Statistics: Simulation and Computation 19(2), 1990.
     """
     if method not in _METHODS:
-        raise ValueError(f"method must be one of {', '.join(map(repr, _METHODS))}; got {method!r}")
+        raise ValueError(f"method: expected one of {', '.join(map(repr, _METHODS))}, got {method!r}.")
     check_key(key)
     check_count("num_products", num_products, 2)
     if rtol is not None:

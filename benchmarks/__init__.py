@@ -1,0 +1,1 @@
+"""What nso_jax claims, reproducible: run `python -m benchmarks --help`."""
