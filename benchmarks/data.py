@@ -14,8 +14,8 @@ NUM_TEST = 1000
 class Examples(NamedTuple):
     """Images, float32 of shape (n, 8, 8, 1) between 0 and 1, and their labels, int32 of shape (n,)."""
 
-    images: jax.Array
-    labels: jax.Array
+    images: jax.Array | np.ndarray
+    labels: jax.Array | np.ndarray
 
 
 class Split(NamedTuple):

@@ -11,6 +11,11 @@ import nso_jax.nnx
 from benchmarks.data import Examples
 from benchmarks.models import cross_entropy
 
+LEARNING_RATE = 0.2
+MOMENTUM = 0.9
+WEIGHT_DECAY = 1e-3
+
+# In place, with the model, its optimizer, a key for the noise and a batch.
 Update = Callable[[nnx.Module, nnx.Optimizer, jax.Array, Examples], None]
 
 
@@ -21,14 +26,12 @@ class Method:
     Attributes:
         update: `update(strength) -> (model, optimizer, key, batch) -> None`, which takes one step in place.
         gradients_per_step: Gradient evaluations of a step.
-        learning_rate: Where the cosine schedule starts.
         strength: Of the perturbation: rho for SAM, sigma for weight noise, 0 for SGD.
         wrap: What makes the method's optimizer of the optimizer that all share.
     """
 
     update: Callable[[float], Update]
     gradients_per_step: int
-    learning_rate: float
     strength: float
     wrap: Callable[[optax.GradientTransformation, float], optax.GradientTransformation] = (
         lambda optimizer, _: optimizer
@@ -37,10 +40,8 @@ class Method:
 
 def optimizer(method: Method, num_steps: int) -> optax.GradientTransformation:
     """Momentum, weight decay and a cosine schedule, the same for all methods."""
-    schedule = optax.cosine_decay_schedule(method.learning_rate, num_steps)
-    shared = optax.chain(
-        optax.add_decayed_weights(WEIGHT_DECAY), optax.sgd(schedule, momentum=MOMENTUM)
-    )
+    schedule = optax.cosine_decay_schedule(LEARNING_RATE, num_steps)
+    shared = optax.chain(optax.add_decayed_weights(WEIGHT_DECAY), optax.sgd(schedule, momentum=MOMENTUM))
     return method.wrap(shared, method.strength)
 
 
@@ -55,10 +56,10 @@ def _sgd(_: float) -> Update:
 def _sam(_: float) -> Update:
     def update(model: nnx.Module, optimizer: nnx.Optimizer, key: jax.Array, batch: Examples) -> None:
         del key
-        graphdef, _, before = nnx.split(nnx.clone(model), nnx.Param, ...)
+        graphdef, _, before = nnx.split(nnx.clone(model), nnx.Param, ...)  # type: ignore[misc]
 
         def loss(params: nnx.State, _: int) -> jax.Array:
-            # From a copy of the state before the step: the same dropout masks, batch statistics that move once.
+            # On a copy of the model before the step: the same dropout masks, and batch statistics move once.
             return cross_entropy(nnx.merge(graphdef, params, before, copy=True), batch)
 
         optimizer.update(model, nnx.grad(cross_entropy)(model, batch), grad_fn=jax.grad(loss))
@@ -66,9 +67,11 @@ def _sam(_: float) -> Update:
     return update
 
 
-def _noise(**options: bool | int) -> Callable[[float], Update]:
+def _noise(*, antithetic: bool, num_samples: int) -> Callable[[float], Update]:
     def with_sigma(sigma: float) -> Update:
-        value_and_grad = nso_jax.nnx.value_and_grad(cross_entropy, sigma=sigma, **options)
+        value_and_grad = nso_jax.nnx.value_and_grad(
+            cross_entropy, sigma=sigma, antithetic=antithetic, num_samples=num_samples
+        )
 
         def update(model: nnx.Module, optimizer: nnx.Optimizer, key: jax.Array, batch: Examples) -> None:
             _, grads = value_and_grad(key, model, batch)
@@ -84,11 +87,9 @@ def _wrap_sam(optimizer: optax.GradientTransformation, rho: float) -> optax.Grad
     return optax.contrib.sam(optimizer, ascent, opaque_mode=True)
 
 
-MOMENTUM = 0.9
-WEIGHT_DECAY = 5e-4
 METHODS = {
-    "sgd": Method(_sgd, gradients_per_step=1, learning_rate=0.05, strength=0.0),
-    "sam": Method(_sam, gradients_per_step=2, learning_rate=0.05, strength=0.1, wrap=_wrap_sam),
-    "wp-sgd": Method(_noise(antithetic=False, num_samples=2), 2, 0.05, 0.02),
-    "nso": Method(_noise(antithetic=True, num_samples=1), 2, 0.05, 0.02),
+    "sgd": Method(_sgd, gradients_per_step=1, strength=0.0),
+    "sam": Method(_sam, gradients_per_step=2, strength=0.05, wrap=_wrap_sam),
+    "wp-sgd": Method(_noise(antithetic=False, num_samples=2), gradients_per_step=2, strength=0.02),
+    "nso": Method(_noise(antithetic=True, num_samples=1), gradients_per_step=2, strength=0.02),
 }

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -21,16 +23,16 @@ class ConvNet(nnx.Module):
         self.dropout = nnx.Dropout(0.2, rngs=rngs)
         self.dense2 = nnx.Linear(64, 10, rngs=rngs)
 
-    def __call__(self, images: jax.Array) -> jax.Array:
+    def __call__(self, images: jax.Array | np.ndarray) -> jax.Array:
         """The logits, of shape (n, 10), for images of shape (n, 8, 8, 1)."""
-        x = nnx.relu(self.norm1(self.conv1(images)))
+        x = nnx.relu(self.norm1(self.conv1(jnp.asarray(images))))
         x = nnx.max_pool(x, window_shape=(2, 2), strides=(2, 2))
         x = nnx.relu(self.norm2(self.conv2(x)))
         x = nnx.relu(self.dense1(x.reshape(len(x), -1)))
         return self.dense2(self.dropout(x))
 
 
-def cross_entropy(model: Callable[[jax.Array], jax.Array], examples: Examples) -> jax.Array:
+def cross_entropy(model: Callable[[jax.Array | np.ndarray], jax.Array], examples: Examples) -> jax.Array:
     """The mean loss over the examples."""
     logits = model(examples.images)
     return optax.softmax_cross_entropy_with_integer_labels(logits, examples.labels).mean()

@@ -8,10 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from nso_jax import noise
-from nso_jax.noise import PyTree, Sampler, Sigma
+from nso_jax._checks import PyTree, as_key, broadcast_prefix, check_count, check_inexact, check_loss, describe
+from nso_jax.noise import Sampler, Sigma
 
 AxisName = Hashable | tuple[Hashable, ...]
 Evaluate = Callable[[PyTree, jax.Array], tuple[PyTree, PyTree]]
@@ -120,9 +120,9 @@ def value_and_grad(
     _check_aux_modes(aux)
 
     def value_and_grad_fn(key: jax.Array, /, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
-        key = noise.as_key(key)
+        key = as_key(key)
         params = _select(args, argnums)
-        noise.check_inexact(params, f"argnums={argnums}")
+        check_inexact(params, f"argnums={argnums}")
 
         def loss(params: PyTree) -> tuple[jax.Array, PyTree]:
             return as_loss(fun(*_replace(args, argnums, params), **kwargs), has_aux=has_aux)
@@ -247,15 +247,15 @@ def check_options(
 ) -> None:
     """Raises TypeError or ValueError, naming the argument and its value, for options that cannot work."""
     del unchecked  # sigma and mask need the params; axis_name is checked by JAX, where it is bound
-    _check_count("num_samples", num_samples)
+    check_count("num_samples", num_samples)
     if chunk_size is not None:
-        _check_count("chunk_size", chunk_size)
+        check_count("chunk_size", chunk_size)
     for name, flag in (("antithetic", antithetic), ("independent_draws", independent_draws)):
         if not isinstance(flag, bool):
-            raise TypeError(f"{name}: expected True or False, got {noise.describe(flag)}.")
+            raise TypeError(f"{name}: expected True or False, got {describe(flag)}.")
     if not callable(sampler):
         raise TypeError(
-            f"sampler: expected a function (key, shape, dtype) -> array, got {noise.describe(sampler)}."
+            f"sampler: expected a function (key, shape, dtype) -> array, got {describe(sampler)}."
         )
     if jnp.shape(clean_weight) != ():
         raise ValueError(f"clean_weight: expected a scalar, got shape {jnp.shape(clean_weight)}.")
@@ -351,18 +351,16 @@ def _mean_over_axis(tree: PyTree, axis_name: AxisName | None) -> PyTree:
 def as_loss(out: Any, *, has_aux: bool) -> tuple[jax.Array, PyTree]:
     """What a loss function returned, as (loss, aux); raises TypeError if the loss is not a real scalar."""
     if has_aux and not (isinstance(out, tuple | list) and len(out) == 2):  # noqa: PLR2004
-        raise TypeError(f"fun: has_aux is True, so expected a pair (loss, aux), got {noise.describe(out)}.")
+        raise TypeError(f"fun: has_aux is True, so expected a pair (loss, aux), got {describe(out)}.")
     value, aux_out = out if has_aux else (out, None)
-    dtype = noise.dtype_of(value)
-    if dtype is None or jnp.shape(value) != () or not jnp.issubdtype(dtype, jnp.floating):
-        hint = "" if has_aux or not isinstance(out, tuple) else " For a pair (loss, aux) set has_aux=True."
-        raise TypeError(f"fun: expected a real scalar as the loss, got {noise.describe(value)}.{hint}")
+    returns_pair = isinstance(out, tuple) and not has_aux
+    check_loss(value, " For a pair (loss, aux) set has_aux=True." if returns_pair else "")
     return value, aux_out
 
 
 def _aux_fates(aux: PyTree, aux_like: PyTree) -> list[str]:
     """For each leaf of the auxiliary output "mean", "stack", "clean" or, where it has no mean, "first"."""
-    modes = noise.broadcast_prefix("aux", aux, aux_like)
+    modes = broadcast_prefix("aux", aux, aux_like)
     return [
         "first" if mode == "mean" and not _is_inexact(leaf) else mode
         for mode, leaf in zip(modes, jax.tree.leaves(aux_like), strict=True)
@@ -383,13 +381,6 @@ def _is_inexact(leaf: Any) -> bool:
 
 def _is_zero(weight: Any) -> bool:
     return not isinstance(weight, jax.core.Tracer) and jax.device_get(weight) == 0
-
-
-def _check_count(name: str, count: Any) -> None:
-    if isinstance(count, bool) or not isinstance(count, int | np.integer):
-        raise TypeError(f"{name}: expected a static int >= 1, got {noise.describe(count)}.")
-    if count < 1:
-        raise ValueError(f"{name}: expected an int >= 1, got {count}.")
 
 
 def _check_aux_modes(aux: PyTree) -> None:

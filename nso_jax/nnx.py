@@ -6,8 +6,9 @@ from typing import Any
 import jax
 from flax import nnx
 
-from nso_jax import gradients, noise
-from nso_jax.noise import PyTree, Sigma
+from nso_jax import gradients
+from nso_jax._checks import PyTree, as_key
+from nso_jax.noise import Sigma
 
 
 def value_and_grad(
@@ -83,7 +84,7 @@ def value_and_grad(
     averaged = gradients.value_and_grad(loss, sigma=sigma, has_aux=True, aux=modes, **options)
 
     def value_and_grad_fn(key: jax.Array, /, model: Any, *args: Any, **kwargs: Any) -> tuple[Any, nnx.State]:
-        key = noise.as_key(key)
+        key = as_key(key)
         arguments = (model, args, kwargs)
         graphdef, selected, rest = split(arguments)
         if not selected:

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-PyTree = Any
+from nso_jax._checks import PyTree, as_key, broadcast_prefix, check_deviation, check_inexact, leaf_mask
+
 Sampler = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 Sigma = Any  # a scalar, a prefix pytree of the params, or a function from the params to one
 
@@ -209,7 +210,7 @@ def relative(
     """
     if per not in ("weight", "channel", "tensor"):
         raise ValueError(f"per: expected 'weight', 'channel' or 'tensor', got {per!r}.")
-    _check_deviation("scale", scale, path="")
+    check_deviation("scale", scale)
     return Relative(scale, per, channel_axis)
 
 
@@ -249,15 +250,15 @@ def perturbation(
     key = as_key(key)
     check_inexact(params)
     deviations = broadcast_prefix("sigma", sigma, params)
-    perturbed = broadcast_prefix("mask", True if mask is None else mask, params)
+    flags = leaf_mask(mask, params)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
     if not leaves:
         return params
     paths = [jax.tree_util.keystr(path) for path, _ in leaves]
     draws = [
-        _scaled_draw(leaf_key, leaf, deviation, sampler, path) if _as_bool(flag, path) else None
+        _scaled_draw(leaf_key, leaf, deviation, sampler, path) if flag else None
         for leaf_key, (_, leaf), deviation, flag, path in zip(
-            _leaf_keys(key, paths), leaves, deviations, perturbed, paths, strict=True
+            _leaf_keys(key, paths), leaves, deviations, flags, paths, strict=True
         )
     ]
     return jax.tree.unflatten(treedef, draws)
@@ -299,36 +300,6 @@ def widen(x: Any) -> jax.Array:
     return x.astype(jnp.float32)
 
 
-def is_function(option: Any) -> bool:
-    """Whether an option is to be called; a module with `__call__` (Equinox) is a pytree of values instead."""
-    return callable(option) and jax.tree_util.all_leaves([option])
-
-
-def as_key(key: Any) -> jax.Array:
-    """`key` as a typed key; raises TypeError, naming the argument, if it is not one PRNG key."""
-    dtype = getattr(key, "dtype", None)
-    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
-        if key.shape == ():
-            return key
-        raise TypeError(
-            f"key: expected one PRNG key, got an array of keys of shape {key.shape}; use jax.vmap."
-        )
-    if dtype == np.uint32 and key.ndim == 1:
-        return jax.random.wrap_key_data(key)
-    raise TypeError(f"key: expected a PRNG key such as jax.random.key(0), got {describe(key)}.")
-
-
-def check_inexact(params: PyTree, name: str = "params") -> None:
-    """Raises TypeError, naming the leaf's path, if a leaf is not a float or complex array or scalar."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        dtype = dtype_of(leaf)
-        if dtype is None or not jnp.issubdtype(dtype, np.inexact):
-            raise TypeError(
-                f"{name}: leaf {jax.tree_util.keystr(path) or '(the whole)'} is {describe(leaf)}, expected "
-                "float or complex numbers; keep other leaves out of the differentiated argument."
-            )
-
-
 def _leaf_keys(key: jax.Array, paths: list[str]) -> jax.Array:
     """One key per path, from 64 bits of its hash; with 32, leaves of a large model might well collide."""
     digests = b"".join(hashlib.blake2b(path.encode(), digest_size=8).digest() for path in paths)
@@ -340,7 +311,7 @@ def _leaf_keys(key: jax.Array, paths: list[str]) -> jax.Array:
 def _scaled_draw(key: jax.Array, leaf: Any, sigma: Any, sampler: Sampler, path: str) -> jax.Array:
     w = widen(leaf)
     real = jnp.finfo(w.dtype).dtype
-    _check_deviation("sigma", sigma, path)
+    check_deviation("sigma", sigma, path)
     if not _broadcasts_to(np.shape(sigma), w.shape):
         raise ValueError(
             f"sigma: shape {np.shape(sigma)} does not broadcast to leaf {path} of shape {w.shape}."
@@ -362,46 +333,3 @@ def _broadcasts_to(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
         return np.broadcast_shapes(shape, target) == target
     except ValueError:
         return False
-
-
-def broadcast_prefix(name: str, option: PyTree, params: PyTree) -> list[Any]:
-    """One entry of `option`, a prefix of `params` or a function to one, for each leaf of `params`."""
-    if is_function(option):
-        option = option(params)
-    try:
-        return jax.tree.leaves(jax.tree.broadcast(option, params))
-    except ValueError as error:
-        reason = " ".join(str(error).replace("broadcast_prefix prefix_tree", name).split())
-        raise ValueError(f"{name}: not a prefix of the differentiated argument. {reason}") from None
-
-
-def _as_bool(flag: Any, path: str) -> bool:
-    if isinstance(flag, bool | np.bool_):
-        return bool(flag)
-    raise TypeError(f"mask: expected True or False for leaf {path}, got {describe(flag)}.")
-
-
-def _check_deviation(name: str, value: Any, path: str) -> None:
-    where = f" for leaf {path}" if path else ""
-    if isinstance(value, jax.core.Tracer):
-        return
-    numbers = np.asarray(jax.device_get(value))
-    if numbers.dtype.kind not in "fiu" and not jnp.issubdtype(numbers.dtype, np.floating):
-        raise TypeError(f"{name}: expected a real number{where}, got {describe(value)}.")
-    bad = numbers[~(numbers >= 0)]
-    if bad.size:
-        raise ValueError(f"{name}: expected a standard deviation >= 0{where}, got {bad.flat[0]}.")
-
-
-def dtype_of(x: Any) -> Any:
-    """The dtype of an array or a Python number; None for anything else."""
-    if hasattr(x, "dtype"):
-        return x.dtype
-    return jnp.result_type(x) if isinstance(x, int | float | complex) else None
-
-
-def describe(x: Any) -> str:
-    """`x` in an error message: `float32[2,3]` for an array, the value itself for a number or a name."""
-    if hasattr(x, "shape") and hasattr(x, "dtype"):
-        return f"{x.dtype}[{','.join(map(str, x.shape))}]"
-    return f"{x!r} ({type(x).__name__})" if isinstance(x, int | float | complex | str) else type(x).__name__

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import optax
 
 from nso_jax import noise
+from nso_jax._checks import PyTree, as_key, describe, is_function
 from nso_jax.gradients import AxisName, check_options, mean_over_draws
-from nso_jax.noise import PyTree, Sampler, Sigma
+from nso_jax.noise import Sampler, Sigma
 
 
 class NoiseStabilityState(NamedTuple):
@@ -94,7 +95,7 @@ def noise_stability(
     References:
       Zhang, Li and Ju, Noise Stability Optimization for Finding Flat Minima, arXiv 2306.08553, 2023.
     """
-    key = noise.as_key(key)
+    key = as_key(key)
     options = {
         "num_samples": num_samples,
         "antithetic": antithetic,
@@ -106,7 +107,7 @@ def noise_stability(
         "independent_draws": independent_draws,
     }
     check_options(**options)
-    scheduled = noise.is_function(sigma) and not isinstance(sigma, noise.Relative)
+    scheduled = is_function(sigma) and not isinstance(sigma, noise.Relative)
 
     def init_fn(params: PyTree) -> NoiseStabilityState:
         del params
@@ -180,7 +181,7 @@ def _check_update_arguments(params: PyTree, grad_fn: Any) -> None:
     if params is None:
         raise ValueError(f"params: noise_stability perturbs them, but got None; {call}")
     if not callable(grad_fn):
-        found = noise.describe(grad_fn)
+        found = describe(grad_fn)
         raise TypeError(f"grad_fn: expected a function (params, i) -> gradients, got {found}; {call}")
     nodes = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
     if any(isinstance(x, optax.MaskedNode) for x in nodes):

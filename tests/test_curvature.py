@@ -426,12 +426,16 @@ ESTIMATORS = {
         ((cubic, {"w": jnp.full(3, jnp.nan)}, 1.0), FloatingPointError, r"batches\[0\] is not finite"),
         ((returns(lambda w: w), W, None), TypeError, r"fun: expected a real scalar.*got float32\[3\]"),
         ((returns(lambda w: jnp.fft.fft(w)[0]), W, None), TypeError, r"fun: .*got complex64\[\]"),
-        ((returns(lambda w: (w[0], w)), W, None), TypeError, "fun: expected a real scalar.*got a tuple"),
-        ((returns(lambda _: None), W, None), TypeError, "fun: expected a real scalar.*got a NoneType"),
+        ((returns(lambda w: (w[0], w)), W, None), TypeError, "fun: expected a real scalar.*got tuple"),
+        ((returns(lambda _: None), W, None), TypeError, "fun: expected a real scalar.*got NoneType"),
         (("loss", W, None), TypeError, "fun: expected a function.*got 'loss'"),
         ((cubic, {"w": jnp.arange(3)}, 1.0), TypeError, r"params: leaf \['w'\] is int32"),
-        ((cubic, {"w": jnp.ones(2, complex)}, 1.0), TypeError, r"leaf \['w'\] is complex64, but curvature"),
-        ((cubic, {"w": "name"}, 1.0), TypeError, r"params: leaf \['w'\] is <U4"),
+        (
+            (cubic, {"w": jnp.ones(2, complex)}, 1.0),
+            TypeError,
+            r"leaf \['w'\] is complex64\[2\], but curvature",
+        ),
+        ((cubic, {"w": "name"}, 1.0), TypeError, r"params: leaf \['w'\] is 'name'"),
     ],
 )
 def test_errors_in_what_to_measure(estimator, arguments, error, message):
@@ -445,9 +449,9 @@ def test_errors_in_what_to_measure(estimator, arguments, error, message):
     [
         (0, None, TypeError, "key: expected a PRNG key.*got 0"),
         (None, None, TypeError, "key: expected a PRNG key.*got None"),
-        (jax.random.split(KEY), None, TypeError, "key: expected a PRNG key"),
-        (KEY, {"w": 1}, TypeError, r"mask: expected True or False at \['w'\], got 1"),
-        (KEY, {"v": True}, ValueError, "mask: not a prefix of params"),
+        (jax.random.split(KEY), None, TypeError, "key: expected one PRNG key"),
+        (KEY, {"w": 1}, TypeError, r"mask: expected True or False for leaf \['w'\], got 1"),
+        (KEY, {"v": True}, ValueError, "mask: not a prefix of the pytree"),
         (KEY, False, ValueError, "mask: selects no leaf"),
     ],
 )
@@ -470,20 +474,20 @@ def test_legacy_key():
     ("estimator", "options", "message"),
     [
         (curvature.trace, {"method": "exact"}, "method: expected one of 'hutchinson', got 'exact'"),
-        (curvature.trace, {"num_products": 1}, "num_products: expected an integer of at least 2, got 1"),
-        (curvature.trace, {"num_products": 2.5}, "num_products: expected an integer.*got 2.5"),
+        (curvature.trace, {"num_products": 1}, "num_products: expected an int >= 2, got 1"),
+        (curvature.trace, {"num_products": 2.5}, "num_products: expected a static int >= 2, got 2.5"),
         (curvature.trace, {"rtol": 0}, "rtol: expected a positive, finite number, got 0"),
         (curvature.trace, {"rtol": float("nan")}, "rtol: .*got nan"),
-        (curvature.eigenvalues, {"k": 0}, "k: expected an integer of at least 1, got 0"),
-        (curvature.eigenvalues, {"k": True}, "k: expected an integer.*got True"),
+        (curvature.eigenvalues, {"k": 0}, "k: expected an int >= 1, got 0"),
+        (curvature.eigenvalues, {"k": True}, "k: expected a static int >= 1, got True"),
         (curvature.eigenvalues, {"k": 4}, "k: expected at most the number of parameters, 3, got 4"),
         (curvature.eigenvalues, {"which": "LA"}, "which: expected one of 'largest', 'smallest', .*got 'LA'"),
         (curvature.eigenvalues, {"k": 1, "tol": -1.0}, "tol: expected a positive, finite number, got -1.0"),
-        (curvature.eigenvalues, {"k": 2, "max_products": 3}, "max_products: .*at least 4, got 3"),
+        (curvature.eigenvalues, {"k": 2, "max_products": 3}, "max_products: expected an int >= 4, got 3"),
     ],
 )
 def test_errors_in_options(estimator, options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         estimator(KEY, cubic, W, 1.0, **options)
 
 

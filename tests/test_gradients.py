@@ -113,13 +113,12 @@ def test_value_and_gradients_are_the_weighted_mean_of_all_evaluations(key):
     params = point(jnp.float32)
     us = draws(key, params, 3, sampler=noise.laplace)
     pairs = [
-        jax.value_and_grad(cubic)(noise.perturb(params, u, sign)) for u, sign in itertools.product(us, (1, -1))
+        jax.value_and_grad(cubic)(noise.perturb(params, u, sign))
+        for u, sign in itertools.product(us, (1, -1))
     ]
     plain = jax.value_and_grad(cubic)(params)
     expected = jax.tree.map(lambda clean, *xs: 0.3 * clean + 0.7 * sum(xs) / 6, plain, *pairs)
-    fn = nso_jax.value_and_grad(
-        cubic, sigma=SIGMA, num_samples=3, sampler=noise.laplace, clean_weight=0.3
-    )
+    fn = nso_jax.value_and_grad(cubic, sigma=SIGMA, num_samples=3, sampler=noise.laplace, clean_weight=0.3)
     chex.assert_trees_all_close(fn(key, params), expected, rtol=1e-5)
 
 
@@ -128,11 +127,11 @@ def test_value_is_an_unbiased_estimate_of_F(key):
     w = jnp.array([1.0, -0.5])
     fn = nso_jax.value_and_grad(lambda w: jnp.sum(w**4), sigma=0.3)
     values, grads = jax.jit(jax.vmap(fn, in_axes=(0, None)))(jax.random.split(key, 20_000), w)
-    for samples, expected in (
+    for sample, expected in (
         (values, np.sum(w**4 + 6 * 0.09 * w**2 + 3 * 0.0081)),
         (grads[:, 0], 4 * w[0] ** 3 + 12 * 0.09 * w[0]),
     ):
-        samples = np.asarray(samples, np.float64)
+        samples = np.asarray(sample, np.float64)
         assert abs(samples.mean() - expected) < 5 * samples.std(ddof=1) / np.sqrt(len(samples))
 
 
@@ -192,7 +191,9 @@ class NumpyAdam:
     ],
 )
 @pytest.mark.parametrize("through_optax", [False, True])
-def test_50_steps_equal_numpy(key, options, optimizer, numpy_optimizer, through_optax, x64, standard_promotion):
+def test_50_steps_equal_numpy(
+    key, options, optimizer, numpy_optimizer, through_optax, x64, standard_promotion
+):
     """The algorithm of the paper, written from its formulas and fed the same noise."""
     reference, xs, ys = mlp_problem()
     params = jax.tree.map(jnp.asarray, reference)
@@ -231,7 +232,11 @@ def test_50_steps_equal_numpy(key, options, optimizer, numpy_optimizer, through_
 
 def with_aux(params, x):
     hidden = jnp.tanh(x @ params["w"])
-    return jnp.sum(hidden**2), {"hidden": hidden.mean(0), "calls": jnp.int32(3), "more": [jnp.float16(2), None]}
+    return jnp.sum(hidden**2), {
+        "hidden": hidden.mean(0),
+        "calls": jnp.int32(3),
+        "more": [jnp.float16(2), None],
+    }
 
 
 AUX_ARGS = ({"w": jnp.ones((3, 2))}, jnp.linspace(-1, 1, 12).reshape(4, 3))
@@ -308,10 +313,12 @@ def test_chunk_sizes_agree(key, loops):
 
 
 def test_loops_agree_with_unrolled_chunks(key, monkeypatch):
-    fn = nso_jax.value_and_grad(with_aux, sigma=SIGMA, num_samples=7, chunk_size=2, has_aux=True, clean_weight=0.2)
+    fn = nso_jax.value_and_grad(
+        with_aux, sigma=SIGMA, num_samples=7, chunk_size=2, has_aux=True, clean_weight=0.2
+    )
     unrolled = jax.jit(fn)(key, *AUX_ARGS)
     monkeypatch.setattr(gradients, "_on_cpu", lambda: False)
-    looped = jax.jit(lambda *args: fn(*args))  # a new function, which JAX has not traced yet
+    looped = jax.jit(functools.partial(fn))  # a new function, which JAX has not traced yet
     assert "scan[" in str(looped.trace(key, *AUX_ARGS).jaxpr)
     chex.assert_trees_all_close(looped(key, *AUX_ARGS), unrolled, rtol=2e-6)
 
@@ -434,7 +441,9 @@ def test_argnums_and_keyword_arguments(key):
         result = nso_jax.value_and_grad(fun, sigma=0.0, argnums=argnums)(key, *args, **kwargs)
         chex.assert_trees_all_close(result, expected)
     sigma = (0.0, {"c": 0.5})
-    _, (a, b) = nso_jax.value_and_grad(fun, sigma=sigma, argnums=(0, 2), antithetic=False)(key, *args, **kwargs)
+    _, (a, b) = nso_jax.value_and_grad(fun, sigma=sigma, argnums=(0, 2), antithetic=False)(
+        key, *args, **kwargs
+    )
     np.testing.assert_array_equal(a, jax.grad(fun)(*args, **kwargs))
     assert not np.array_equal(b["c"], 2 * jnp.ones(4))
 
@@ -528,14 +537,13 @@ def test_donated_params(key):
     chex.assert_trees_all_close(step(jax.tree.map(jnp.copy, params), key), expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("num_samples", [1, 3])
-def test_jax_debugging_modes(key, num_samples):
-    fn = nso_jax.value_and_grad(cubic, sigma=SIGMA, num_samples=num_samples)
+def test_jax_debugging_modes(key):
+    fn = nso_jax.value_and_grad(cubic, sigma=SIGMA, num_samples=2)
     params = point(jnp.float32)
     with jax.debug_nans(True), jax.checking_leaks():
         expected = fn(key, params)
         chex.assert_trees_all_close(jax.jit(fn)(key, params), expected, rtol=1e-5)
-    step = jax.jit(lambda key, params: fn(key, params))
+    step = jax.jit(functools.partial(fn))
     with jax.transfer_guard("disallow"):
         result = step(key, params)
     chex.assert_trees_all_close(result, expected, rtol=1e-5)
@@ -591,7 +599,9 @@ def test_axis_name_gives_one_mean_over_devices(key, how, independent, loops):
         result = jax.jit(jax.shard_map(fn, mesh=mesh, **specs))(key, DEVICE_PARAMS, XS)
     else:
         mapping = jax.pmap if how == "pmap" else jax.vmap
-        result = mapping(fn, axis_name="data", in_axes=(None, None, 0))(key, DEVICE_PARAMS, XS.reshape(8, 1, 3))
+        result = mapping(fn, axis_name="data", in_axes=(None, None, 0))(
+            key, DEVICE_PARAMS, XS.reshape(8, 1, 3)
+        )
         result = jax.tree.map(lambda x: x[0], result)
     chex.assert_trees_all_close(result, expected, rtol=1e-5)
 
@@ -599,7 +609,9 @@ def test_axis_name_gives_one_mean_over_devices(key, how, independent, loops):
 def test_masked_leaves_are_not_summed_over_devices(key):
     """With params shared by the devices JAX would sum their gradients: 8 times too large."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    fn = nso_jax.value_and_grad(device_loss, sigma=0.0, mask=False, has_aux=True, axis_name="data", clean_weight=0.5)
+    fn = nso_jax.value_and_grad(
+        device_loss, sigma=0.0, mask=False, has_aux=True, axis_name="data", clean_weight=0.5
+    )
     mapped = jax.shard_map(fn, mesh=mesh, in_specs=(P(), P(), P("data")), out_specs=P())
     plain = jax.grad(lambda p: device_loss(p, XS)[0])(DEVICE_PARAMS)
     chex.assert_trees_all_close(jax.jit(mapped)(key, DEVICE_PARAMS, XS)[1], plain, rtol=1e-5)

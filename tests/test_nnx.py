@@ -101,7 +101,9 @@ def test_statistics_are_right_to_second_order_or_clean(key, model):
     for sigma in (0.1, 0.05):
         noisy = nnx.clone(model)
         nso_jax.nnx.value_and_grad(loss, sigma=sigma)(key, noisy, x, y)
-        errors.append(abs(statistics(noisy)["['norm']['var'].value"] - statistics(plain)["['norm']['var'].value"]).max())
+        errors.append(
+            abs(statistics(noisy)["['norm']['var'].value"] - statistics(plain)["['norm']['var'].value"]).max()
+        )
     assert 3.5 < errors[0] / errors[1] < 4.5
 
 
@@ -247,5 +249,7 @@ def test_added_variables_are_refused_by_name(key, model):
         model.hidden = nnx.Intermediate(model.conv(x))
         return loss(model, x, y)
 
-    with pytest.raises(ValueError, match="fun: it may change the model's variables but not add or remove any: hidden"):
+    with pytest.raises(
+        ValueError, match="fun: it may change the model's variables but not add or remove any: hidden"
+    ):
         nso_jax.nnx.value_and_grad(sows, sigma=SIGMA)(key, model, *data(key))

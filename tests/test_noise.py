@@ -86,7 +86,11 @@ def test_sharded_leaves_get_the_same_noise(key):
 
 
 def test_noise_is_wide_and_scaled_by_a_prefix(key):
-    params = {"a": {"b": jnp.zeros(3, jnp.bfloat16), "c": jnp.zeros((), jnp.float16)}, "d": jnp.zeros(2), "e": None}
+    params = {
+        "a": {"b": jnp.zeros(3, jnp.bfloat16), "c": jnp.zeros((), jnp.float16)},
+        "d": jnp.zeros(2),
+        "e": None,
+    }
     u = draw(key, params, {"a": 2.0, "d": jnp.array([0.0, 1.0]), "e": None})
     plain = draw(key, params)
     assert u["a"]["b"].dtype == u["a"]["c"].dtype == jnp.float32
@@ -164,21 +168,61 @@ W = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda k: draw(k, W, -0.1), ValueError, r"sigma: expected a standard deviation >= 0 for leaf \['b'\], got -0.1"),
+        (
+            lambda k: draw(k, W, -0.1),
+            ValueError,
+            r"sigma: expected a standard deviation >= 0 for leaf \['b'\], got -0.1",
+        ),
         (lambda k: draw(k, W, {"w": 0.1, "b": jnp.nan}), ValueError, r"sigma: .* leaf \['b'\], got nan"),
-        (lambda k: draw(k, W, {"w": jnp.full((2, 3), -1.0), "b": 0.1}), ValueError, r"sigma: .* leaf \['w'\], got -1"),
+        (
+            lambda k: draw(k, W, {"w": jnp.full((2, 3), -1.0), "b": 0.1}),
+            ValueError,
+            r"sigma: .* leaf \['w'\], got -1",
+        ),
         (lambda k: draw(k, W, 1j), TypeError, "sigma: expected a real number"),
-        (lambda k: draw(k, W, {"w": 0.1}), ValueError, r"sigma: not a prefix of the differentiated argument.* symmetric difference on key sets is b"),
-        (lambda k: draw(k, W, jnp.ones(2)), ValueError, r"sigma: shape \(2,\) does not broadcast to leaf \['b'\] of shape \(3,\)"),
+        (
+            lambda k: draw(k, W, {"w": 0.1}),
+            ValueError,
+            r"sigma: not a prefix of the pytree .* symmetric difference on key sets is b",
+        ),
+        (
+            lambda k: draw(k, W, jnp.ones(2)),
+            ValueError,
+            r"sigma: shape \(2,\) does not broadcast to leaf \['b'\] of shape \(3,\)",
+        ),
         (lambda k: draw(k, W, 0.1, mask={"w": True}), ValueError, "mask: not a prefix"),
-        (lambda k: draw(k, W, 0.1, mask={"w": True, "b": 1}), TypeError, r"mask: expected True or False for leaf \['b'\], got 1 \(int\)"),
-        (lambda k: draw(k, W, 0.1, sampler=lambda *_: jnp.ones(5)), ValueError, r"sampler: returned shape \(5,\) for leaf \['b'\]"),
-        (lambda k: draw(k, {"n": jnp.ones(2, int)}), TypeError, r"params: leaf \['n'\] is int32\[2\], expected float or complex"),
-        (lambda _: draw(0, W), TypeError, r"key: expected a PRNG key such as jax.random.key\(0\), got 0 \(int\)"),
+        (
+            lambda k: draw(k, W, 0.1, mask={"w": True, "b": 1}),
+            TypeError,
+            r"mask: expected True or False for leaf \['b'\], got 1 \(int\)",
+        ),
+        (
+            lambda k: draw(k, W, 0.1, sampler=lambda *_: jnp.ones(5)),
+            ValueError,
+            r"sampler: returned shape \(5,\) for leaf \['b'\]",
+        ),
+        (
+            lambda k: draw(k, {"n": jnp.ones(2, int)}),
+            TypeError,
+            r"params: leaf \['n'\] is int32\[2\], expected float or complex",
+        ),
+        (
+            lambda _: draw(0, W),
+            TypeError,
+            r"key: expected a PRNG key such as jax.random.key\(0\), got 0 \(int\)",
+        ),
         (lambda _: draw(None, W), TypeError, "key: expected a PRNG key.*, got None"),
-        (lambda k: draw(jax.random.split(k), W), TypeError, r"key: expected one PRNG key, got .* shape \(2,\); use jax.vmap"),
+        (
+            lambda k: draw(jax.random.split(k), W),
+            TypeError,
+            r"key: expected one PRNG key, got keys of shape \(2,\); use jax.vmap",
+        ),
         (lambda _: noise.relative(-1), ValueError, "scale: expected a standard deviation >= 0, got -1"),
-        (lambda _: noise.relative(1, "layer"), ValueError, "per: expected 'weight', 'channel' or 'tensor', got 'layer'"),
+        (
+            lambda _: noise.relative(1, "layer"),
+            ValueError,
+            "per: expected 'weight', 'channel' or 'tensor', got 'layer'",
+        ),
     ],
 )
 def test_errors_name_argument_value_and_leaf(key, call, error, message):

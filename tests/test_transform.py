@@ -79,7 +79,9 @@ def test_it_converges(target, options):
     params, final, loss = target(jnp.float32)
     tx = nso(**options)
     state = optax.tree.map_params(tx, lambda v: v, tx.init(params))
-    steps = jax.jit(lambda carry: jax.lax.scan(lambda c, _: (update(tx, loss, *c), None), carry, length=30_000)[0])
+    steps = jax.jit(
+        lambda carry: jax.lax.scan(lambda c, _: (update(tx, loss, *c), None), carry, length=30_000)[0]
+    )
     params, state = steps((params, state))
     chex.assert_trees_all_close(params, final, rtol=3e-2, atol=3e-2)
     assert state[0].count == 30_000
@@ -219,7 +221,7 @@ def test_incoming_updates_are_ignored_unless_weighted():
         tx = nso_jax.noise_stability(0.1, key=jax.random.key(0), clean_weight=clean_weight)
         step = jax.jit(lambda p, s: tx.update(grad_fn(p, 0), s, p, grad_fn=grad_fn)[0])
         hlo = step.lower(params, tx.init(params)).compile().as_text()
-        return hlo.count(" dot(") + hlo.count("__onednn$matmul") + hlo.count("custom_call_target=\"__")
+        return hlo.count(" dot(") + hlo.count("__onednn$matmul") + hlo.count('custom_call_target="__')
 
     assert flops(0.0) * 3 == flops(0.5) * 2
 
@@ -290,9 +292,17 @@ def test_the_state_is_made_of_plain_arrays():
         (lambda: nso(clean_weight=2), ValueError, r"clean_weight: expected a number in \[0, 1\], got 2"),
         (lambda: nso(key=7), TypeError, r"key: expected a PRNG key such as jax.random.key\(0\), got 7"),
         (lambda: nso(chunk_size=0), ValueError, "chunk_size: expected an int >= 1, got 0"),
-        (lambda: one_update(-1.0, jnp.ones(2)), ValueError, "sigma: expected a standard deviation >= 0.*got -1"),
+        (
+            lambda: one_update(-1.0, jnp.ones(2)),
+            ValueError,
+            "sigma: expected a standard deviation >= 0.*got -1",
+        ),
         (lambda: nso().update(jnp.ones(2), nso().init(None), grad_fn=abs), ValueError, "params: .* got None"),
-        (lambda: nso().update(jnp.ones(2), nso().init(None), jnp.ones(2)), TypeError, "grad_fn: .* got NoneType"),
+        (
+            lambda: nso().update(jnp.ones(2), nso().init(None), jnp.ones(2)),
+            TypeError,
+            "grad_fn: .* got NoneType",
+        ),
     ],
 )
 def test_errors(call, error, message):

@@ -9,12 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.linalg import eigh_tridiagonal
 
+from nso_jax._checks import as_key, check_count
 from nso_jax.curvature.operators import (
-    check_count,
-    check_key,
     check_params,
     check_tolerance,
-    leaf_mask,
+    chosen_leaves,
     mean_hessian_product,
 )
 
@@ -118,12 +117,12 @@ def eigenvalues(
       Golub, Van Loan, Matrix Computations, 4th edition, chapter 10, Johns Hopkins University Press, 2013.
       Parlett, The Symmetric Eigenvalue Problem, chapter 13, SIAM, 1998.
     """
-    check_key(key)
+    key = as_key(key)
     if which not in _RANKS:
         raise ValueError(f"which: expected one of {', '.join(map(repr, _RANKS))}, got {which!r}.")
     check_tolerance("tol", tol)
     params = check_params(params)
-    flags = leaf_mask(mask, params)
+    flags = chosen_leaves(mask, params)
     dimension = sum(leaf.size for leaf, flag in zip(jax.tree.leaves(params), flags, strict=True) if flag)
     check_count("k", k, 1)
     if k > dimension:
@@ -282,4 +281,4 @@ def _unravel(vector: np.ndarray, params: Any, flags: list[bool]) -> Any:
 
 
 def _epsilon(dtype: Any) -> float:
-    return float(jnp.finfo(dtype).eps)  # type: ignore[no-untyped-call]  # jax leaves it untyped
+    return float(jnp.finfo(dtype).eps)

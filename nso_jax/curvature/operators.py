@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nso_jax._checks import check_inexact, check_loss, describe, leaf_mask
+
 
 def hvp(fun: Callable[[Any, Any], jax.Array], params: Any, batches: Any) -> Callable[[Any], Any]:
     r"""Returns the function that multiplies the Hessian of the mean loss with a tangent.
@@ -103,7 +105,7 @@ def mean_hessian_product(
 
 def _hessian_product(fun: Callable[[Any, Any], jax.Array], params: Any, batch: Any, tangent: Any) -> Any:
     """Forward over reverse: the gradient's directional derivative along the tangent."""
-    gradient = jax.grad(lambda weights: _check_loss(fun(weights, batch)))
+    gradient = jax.grad(lambda weights: _checked_loss(fun(weights, batch)))
     return jax.jvp(gradient, (params,), (tangent,))[1]
 
 
@@ -162,34 +164,14 @@ def check_batches(batches: Any) -> None:
 
 def check_params(params: Any) -> Any:
     """`params` with every leaf a JAX array; raises for leaves that have no curvature or a complex one."""
+    check_inexact(params)
     for path, leaf in jax.tree.leaves_with_path(params):
-        dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
-        if jnp.issubdtype(dtype, jnp.complexfloating):
+        if jnp.iscomplexobj(leaf):
             raise TypeError(
-                f"params: leaf {jax.tree_util.keystr(path)} is {dtype}, but curvature is of real parameters; "
-                "give the real and the imaginary part as two leaves."
-            )
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise TypeError(
-                f"params: leaf {jax.tree_util.keystr(path)} is {dtype}, which has no derivative; "
-                "let fun close over it or take it from the batch."
+                f"params: leaf {jax.tree_util.keystr(path)} is {describe(leaf)}, but curvature is of real "
+                "parameters; give the real and the imaginary part as two leaves."
             )
     return jax.tree.map(jnp.asarray, params)
-
-
-def check_key(key: Any) -> None:
-    """Raises unless `key` is one PRNG key, typed or legacy."""
-    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
-    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and shape == ()
-    legacy = dtype == np.uint32 and shape in {(2,), (4,)}
-    if not (typed or legacy):
-        raise TypeError(f"key: expected a PRNG key such as jax.random.key(0), got {key!r}.")
-
-
-def check_count(name: str, value: Any, minimum: int) -> None:
-    """Raises unless `value` is an integer of at least `minimum`."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < minimum:
-        raise ValueError(f"{name}: expected an integer of at least {minimum}, got {value!r}.")
 
 
 def check_tolerance(name: str, value: Any) -> None:
@@ -198,29 +180,17 @@ def check_tolerance(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected a positive, finite number, got {value!r}.")
 
 
-def leaf_mask(mask: Any, params: Any) -> list[bool]:
-    """One bool for each leaf of `params`, from a prefix of bools, a callable giving one, or None: all."""
-    if mask is None:
-        return [True] * len(jax.tree.leaves(params))
-    prefix = mask(params) if callable(mask) else mask
-    for path, leaf in jax.tree.leaves_with_path(prefix):
-        if not isinstance(leaf, bool | np.bool):
-            raise TypeError(f"mask: expected True or False at {jax.tree_util.keystr(path)}, got {leaf!r}.")
-    try:
-        flags: list[bool] = jax.tree.leaves(jax.tree.broadcast(prefix, params))
-    except ValueError as error:
-        raise ValueError(f"mask: not a prefix of params. {error}") from error
+def chosen_leaves(mask: Any, params: Any) -> list[bool]:
+    """One bool for each leaf of `params`; raises ValueError if `mask` selects none."""
+    flags = leaf_mask(mask, params)
     if not any(flags):
         raise ValueError("mask: selects no leaf of params.")
     return flags
 
 
-def _check_loss(value: Any) -> Any:
-    dtype, shape = getattr(value, "dtype", np.dtype(object)), getattr(value, "shape", ())
-    if isinstance(value, float) or (jnp.issubdtype(dtype, jnp.floating) and shape == ()):
-        return value
-    what = f"{dtype}{list(shape)}" if hasattr(value, "dtype") else f"a {type(value).__name__}"
-    raise TypeError(f"fun: expected a real scalar, the mean loss over the batch, got {what}.")
+def _checked_loss(value: Any) -> Any:
+    check_loss(value)
+    return value
 
 
 def _check_tangent(tangent: Any, params: Any) -> None:

@@ -8,12 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nso_jax._checks import as_key, check_count
 from nso_jax.curvature.operators import (
-    check_count,
-    check_key,
     check_params,
     check_tolerance,
-    leaf_mask,
+    chosen_leaves,
     mean_hessian_product,
 )
 
@@ -100,12 +99,12 @@ def trace(
     """
     if method not in _METHODS:
         raise ValueError(f"method: expected one of {', '.join(map(repr, _METHODS))}, got {method!r}.")
-    check_key(key)
+    key = as_key(key)
     check_count("num_products", num_products, 2)
     if rtol is not None:
         check_tolerance("rtol", rtol)
     params = check_params(params)
-    flags = tuple(leaf_mask(mask, params))
+    flags = tuple(chosen_leaves(mask, params))
     product = mean_hessian_product(fun, params, batches)
 
     samples: list[np.ndarray] = []

@@ -1,0 +1,120 @@
+"""The command line: `python -m benchmarks --help`.
+
+Everything but the standard library is imported late, so that a missing package gives one clear line.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from benchmarks.files import UserError, output_folder, read_file, write_files
+
+METHODS = ("sgd", "sam", "wp-sgd", "nso")
+RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parent.parent / "README.md"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        arguments: Those of the command line, by default.
+
+    Returns:
+        The exit code: 0, 2 after a mistake of the user's, 130 after Ctrl-C.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except UserError as error:
+        print(f"python -m benchmarks {options.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> None:
+    try:
+        from benchmarks import demo  # noqa: PLC0415
+    except ImportError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in {"benchmarks", "nso_jax"}:
+            raise
+        raise UserError(
+            f"needs {package or error}, of the 'benchmarks' extra: pip install 'nso-jax[benchmarks]'"
+        ) from error
+    with output_folder(options.out):
+        settings = demo.Settings(tuple(dict.fromkeys(options.methods)), options.seeds, options.steps)
+        files = demo.demo(settings)
+        write_files({options.out / name: content for name, content in files.items()})
+    print(f"{options.out}: {', '.join(files)}")
+
+
+def _publish(options: argparse.Namespace) -> None:
+    names = {
+        "results.json": "demo.json",
+        "training.png": "demo-training.png",
+        "surface.png": "demo-surface.png",
+    }
+    write_files({RESULTS / new: read_file(options.out / old) for old, new in names.items()})
+    _readme(options)
+
+
+def _readme(_: argparse.Namespace) -> None:
+    from benchmarks import table  # noqa: PLC0415
+
+    results = json.loads(read_file(RESULTS / "demo.json"))
+    write_files({README: table.replace_in(read_file(README).decode(), results)})
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, without the usage."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m benchmarks", description="What nso_jax claims, reproducible.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    defaults = argparse.ArgumentDefaultsHelpFormatter
+
+    demo = commands.add_parser(
+        "demo", help="four methods on small digits, in minutes", formatter_class=defaults
+    )
+    demo.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="what to compare")
+    demo.add_argument("--seeds", type=_count, default=3, help="trainings of each method")
+    demo.add_argument(
+        "--steps",
+        type=_count,
+        default=1200,
+        help="steps of two gradient evaluations (sgd: twice as many of one)",
+    )
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="output folder")
+    demo.set_defaults(run=_demo)
+
+    publish = commands.add_parser(
+        "publish", help="copies a demo's output to benchmarks/results and README.md"
+    )
+    publish.add_argument("--out", type=Path, default=Path("runs/demo"), help="the demo's output folder")
+    publish.set_defaults(run=_publish)
+
+    readme = commands.add_parser(
+        "readme", help="writes the table of benchmarks/results/demo.json to README.md"
+    )
+    readme.set_defaults(run=_readme)
+    return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,238 @@
+"""Trains a small network by each method at the same cost, and measures where that led."""
+
+import dataclasses
+import importlib.metadata
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from flax import nnx
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+import nso_jax
+from benchmarks import data, measuring, methods, plots, table
+from benchmarks.methods import METHODS, Method
+from benchmarks.models import ConvNet
+
+# One step: `step(state, key, batch) -> state`.
+Step = Callable[[nnx.State, jax.Array, data.Examples], nnx.State]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a run of the demo is made of.
+
+    Attributes:
+        methods: Names in `methods.METHODS`.
+        seeds: How many trainings of each method, with the seeds 0, 1, ...
+        steps: Steps of the methods that evaluate two gradients in each; SGD takes twice as many.
+        num_train: Images to train on.
+        batch_size: Images in a batch.
+        num_points: How often to measure during training, at even distances.
+        point_probes: Random probes for the trace at each of these.
+        final_probes: Random probes for the trace at the end.
+    """
+
+    methods: tuple[str, ...]
+    seeds: int
+    steps: int
+    num_train: int = 200
+    batch_size: int = 50
+    num_points: int = 10
+    point_probes: int = 10
+    final_probes: int = 100
+
+    @property
+    def gradient_evaluations(self) -> int:
+        """Of each training, whatever the method."""
+        return 2 * self.steps
+
+    def num_steps(self, method: Method) -> int:
+        """How many steps that makes."""
+        return self.gradient_evaluations // method.gradients_per_step
+
+
+def demo(settings: Settings) -> dict[str, str | bytes]:
+    """Runs the demo, showing its progress and then its table.
+
+    Args:
+        settings: What to run.
+
+    Returns:
+        The content of each file to write.
+    """
+    console = Console()
+    with _progress(console) as progress:
+        results = run(settings, progress)
+        progress.update(progress.tasks[0].id, description="drawing")
+        files: dict[str, str | bytes] = {
+            "results.json": table.to_json(results),
+            "table.md": table.markdown(results),
+            "training.png": plots.training(results),
+            "surface.png": plots.surface(results),
+        }
+    _print_table(console, results)
+    return files
+
+
+def run(settings: Settings, progress: Progress) -> dict[str, Any]:
+    """Trains and measures with every method and seed.
+
+    Args:
+        settings: What to run.
+        progress: Where to show how far it is.
+
+    Returns:
+        All figures, ready for JSON.
+    """
+    evaluations = settings.gradient_evaluations
+    whole = progress.add_task("all trainings", total=evaluations * len(settings.methods) * settings.seeds)
+    gauge = measuring.gauge(measuring.split_network(ConvNet(rngs=nnx.Rngs(0)))[0])
+    runs = []
+    for name in settings.methods:
+        method = METHODS[name]
+        step = compile_step(method, settings)
+        for seed in range(settings.seeds):
+            present = progress.add_task(f"{name}, seed {seed}", total=evaluations)
+
+            def advance(count: int, present: Any = present) -> None:
+                progress.advance(present, count)
+                progress.advance(whole, count)
+
+            figures = train(method, step, seed, settings=settings, gauge=gauge, advance=advance)
+            progress.remove_task(present)
+            progress.console.print(
+                f"{name}, seed {seed}: test accuracy {100 * figures['test_accuracy']:.1f} %, "
+                f"Hessian trace {figures['trace']:.3g}, {figures['seconds']:.1f} s",
+                highlight=False,
+            )
+            runs.append({"method": name, "seed": seed, **figures})
+    counts = {run["gradient_evaluations"] for run in runs}
+    assert counts == {evaluations}, f"the methods took {counts} gradient evaluations"  # noqa: S101
+    return _describe(settings) | {"runs": runs}
+
+
+def new_state(
+    method: Method, settings: Settings, seed: int
+) -> tuple[nnx.GraphDef[Any], nnx.State, jax.Array]:
+    """A fresh model with its optimizer, split into structure and state, and the key of the weight noise."""
+    rngs = nnx.Rngs(seed)
+    model = ConvNet(rngs=rngs)
+    optimizer = nnx.Optimizer(model, methods.optimizer(method, settings.num_steps(method)), wrt=nnx.Param)
+    graphdef, state = nnx.split((model, optimizer))
+    return graphdef, state, rngs.noise()
+
+
+def compile_step(method: Method, settings: Settings) -> Step:
+    """One step as a pure function, compiled once for all seeds."""
+    graphdef, state, key = new_state(method, settings, seed=0)
+    update = method.update(method.strength)
+
+    @jax.jit
+    def step(state: nnx.State, key: jax.Array, batch: data.Examples) -> nnx.State:
+        model, optimizer = nnx.merge(graphdef, state)
+        update(model, optimizer, jax.random.fold_in(key, optimizer.step[...]), batch)
+        return nnx.state((model, optimizer))
+
+    split = data.digits(0, settings.num_train)
+    step(state, key, next(data.batches(split.train, settings.batch_size, seed=0)))
+    return step
+
+
+def train(
+    method: Method,
+    step: Step,
+    seed: int,
+    *,
+    settings: Settings,
+    gauge: measuring.Gauge,
+    advance: Callable[[int], None],
+) -> dict[str, Any]:
+    """Trains once and measures on the way and at the end.
+
+    Args:
+        method: The method.
+        step: Its compiled step.
+        seed: Of the initial weights, the training images and their order, the dropout and the noise.
+        settings: How long to train and how often to measure.
+        gauge: How to measure.
+        advance: Called after every step with the number of gradients that it evaluated.
+
+    Returns:
+        The figures at the end, and `curve`, those during training.
+    """
+    split = data.digits(seed, settings.num_train)
+    graphdef, state, key = new_state(method, settings, seed)
+    batches = data.batches(split.train, settings.batch_size, seed)
+    curve, seconds, done = [], 0.0, 0
+    for point in _points(settings.num_steps(method), settings.num_points):
+        start = time.perf_counter()
+        for _ in range(point - done):
+            state = step(state, key, next(batches))
+            advance(method.gradients_per_step)
+        jax.block_until_ready(state)
+        seconds += time.perf_counter() - start
+        done = point
+        network = measuring.split_network(nnx.merge(graphdef, state)[0])[1]
+        figures = measuring.measure_point(gauge, network, split, settings.point_probes)
+        curve.append({"gradient_evaluations": done * method.gradients_per_step, **figures})
+    figures = measuring.measure_point(gauge, network, split, settings.final_probes)
+    return {
+        "gradient_evaluations": done * method.gradients_per_step,
+        "seconds": seconds,
+        **figures,
+        "loss_gap": figures["test_loss"] - figures["train_loss"],
+        **measuring.measure_surface(gauge, network, split, seed),
+        "curve": curve,
+    }
+
+
+def _points(num_steps: int, count: int) -> Iterator[int]:
+    """The steps after which to measure, the last one among them."""
+    return iter(sorted({max(1, round(num_steps * i / count)) for i in range(1, count + 1)}))
+
+
+def _describe(settings: Settings) -> dict[str, Any]:
+    """What somebody needs to know to repeat the run."""
+    packages = ("jax", "jaxlib", "flax", "optax")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    chosen = {name: METHODS[name] for name in settings.methods}
+    return {
+        "versions": {"python": platform.python_version(), **versions, "nso_jax": nso_jax.__version__},
+        "machine": {"device": jax.devices()[0].device_kind, "cpu_count": os.cpu_count()},
+        "settings": {
+            **dataclasses.asdict(settings),
+            "num_test": data.NUM_TEST,
+            "gradient_evaluations": settings.gradient_evaluations,
+            "momentum": methods.MOMENTUM,
+            "weight_decay": methods.WEIGHT_DECAY,
+            "learning_rate": methods.LEARNING_RATE,
+            "strength": {name: method.strength for name, method in chosen.items()},
+            "gradients_per_step": {name: method.gradients_per_step for name, method in chosen.items()},
+            "slice_distances": measuring.SLICE_DISTANCES,
+        },
+    }
+
+
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description:15}"), BarColumn(), MofNCompleteColumn())
+    left = (TextColumn("gradients,"), TimeRemainingColumn(), TextColumn("left"))
+    # Speeds are averaged over minutes, because measuring interrupts the training every few seconds.
+    return Progress(*columns, *left, console=console, transient=True, speed_estimate_period=300)
+
+
+def _print_table(console: Console, results: dict[str, Any]) -> None:
+    shown = Table(caption=table.caption(results), caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    rows = table.rows(results)
+    for header, *cells in zip(table.HEADERS, *rows, strict=True):
+        # On a narrow terminal the headers are wrapped, not the figures.
+        shown.add_column(header, justify="right", min_width=max(map(len, cells)))
+    for row in rows:
+        shown.add_row(*row)
+    console.print(shown)

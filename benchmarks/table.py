@@ -1,0 +1,108 @@
+"""The demo's table, from its figures: rows, Markdown, and the copy in README.md."""
+
+import json
+import math
+import statistics
+from typing import Any
+
+HEADERS = (
+    "method",
+    "test accuracy (%)",
+    "loss gap",
+    "Hessian trace",
+    "SE of a trace",
+    "largest eigenvalue",
+    "seconds",
+)
+_BEGIN, _END = "<!-- demo-table -->", "<!-- /demo-table -->"
+
+
+def rows(results: dict[str, Any]) -> list[list[str]]:
+    """One row for each method, every cell a mean and a standard deviation over the seeds."""
+    return [_row(name, results["runs"]) for name in results["settings"]["methods"]]
+
+
+def caption(results: dict[str, Any]) -> str:
+    """What the table shows, in a few sentences."""
+    settings, machine = results["settings"], results["machine"]
+    return (
+        f"Mean ± standard deviation over {settings['seeds']} seeds: of the initial weights, the data order, "
+        f"the noise, and which {settings['num_train']} digits are trained on. "
+        f"The {settings['num_test']:,} test images are always the same. "
+        f"Every method takes {settings['gradient_evaluations']:,} gradient evaluations "
+        f"on {settings['batch_size']} images each. Loss gap: test loss minus training loss. "
+        "Trace and largest eigenvalue: of the Hessian of the training loss over all training images, in "
+        "evaluation mode. SE: standard error of one seed's trace, from "
+        f"{settings['final_probes']} random probes. Seconds: to train one seed, without compiling and "
+        f"measuring, on {machine['cpu_count']} CPU cores ({machine['device']})."
+    )
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The table and its caption as Markdown."""
+    lines = [HEADERS, ["---"] + ["---:"] * (len(HEADERS) - 1), *rows(results)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{caption(results)}\n"
+
+
+def replace_in(readme: str, results: dict[str, Any]) -> str:
+    """The README's text with the table between its two marks.
+
+    Args:
+        readme: The text.
+        results: The figures.
+
+    Raises:
+        ValueError: The marks are missing.
+    """
+    before, begin, rest = readme.partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    if not end:
+        raise ValueError(f"the marks {_BEGIN} and {_END} are missing")
+    return f"{before}{begin}\n{markdown(results)}{end}{after}"
+
+
+def to_json(results: dict[str, Any]) -> str:
+    """The figures as JSON, one line for each training."""
+    head = {key: value for key, value in results.items() if key != "runs"}
+    runs = ",\n".join(json.dumps(_rounded(run)) for run in results["runs"])
+    return f'{json.dumps(head, indent=1)[:-2]},\n "runs": [\n{runs}\n ]\n}}\n'
+
+
+def _row(name: str, runs: list[dict[str, Any]]) -> list[str]:
+    mine = [run for run in runs if run["method"] == name]
+
+    def column(key: str) -> list[float]:
+        return [run[key] for run in mine]
+
+    return [
+        name,
+        _spread([100 * value for value in column("test_accuracy")]),
+        _spread(column("loss_gap")),
+        _spread(column("trace")),
+        _number(math.sqrt(statistics.mean(error**2 for error in column("trace_standard_error")))),
+        _spread(column("largest_eigenvalue")),
+        _spread(column("seconds")),
+    ]
+
+
+def _spread(values: list[float]) -> str:
+    mean = statistics.mean(values)
+    if len(values) == 1:
+        return _number(mean)
+    return f"{_number(mean)} ± {_number(statistics.stdev(values), like=mean)}"
+
+
+def _number(value: float, like: float | None = None) -> str:
+    """Three significant digits, or as many decimals as `like` gets so."""
+    size = abs(value if like is None else like)
+    decimals = 2 - math.floor(math.log10(size)) if size else 2
+    return f"{value:.{min(max(decimals, 0), 4)}f}"
+
+
+def _rounded(value: Any) -> Any:
+    """Six significant digits: more than the figures have, and a third of the file."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list) else value
