@@ -10,7 +10,7 @@ demo: $(READY)
 
 test: lint
 	$(BIN)/python -m pytest -n 2 -m "not timing"
-	$(BIN)/python -m pytest -m timing tests
+	XLA_FLAGS= $(BIN)/python -m pytest -m timing tests
 	$(BIN)/python -m pytest --nbmake notebooks
 
 lint: $(READY)

@@ -39,16 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    try:
-        from benchmarks import demo  # noqa: PLC0415
-    except ImportError as error:
-        package = (error.name or "").partition(".")[0]
-        if package in {"benchmarks", "nso_jax"}:
-            raise
-        raise UserError(
-            f"needs {package or error}, of the 'benchmarks' extra: pip install 'nso-jax[benchmarks]'"
-        ) from error
     with output_folder(options.out):
+        try:
+            from benchmarks import demo  # noqa: PLC0415
+        except ImportError as error:
+            raise _missing_package(error) from error
         settings = demo.Settings(tuple(dict.fromkeys(options.methods)), options.seeds, options.steps)
         files = demo.demo(settings)
         write_files({options.out / name: content for name, content in files.items()})
@@ -76,6 +71,15 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line, without the usage."""
         self.exit(2, f"{self.prog}: {message}\n")
+
+
+def _missing_package(error: ImportError) -> Exception:
+    package = (error.name or "").partition(".")[0]
+    if package in {"benchmarks", "nso_jax"}:
+        return error
+    return UserError(
+        f"needs {package or error}, of the 'benchmarks' extra: pip install 'nso-jax[benchmarks]'"
+    )
 
 
 def _parser() -> argparse.ArgumentParser:

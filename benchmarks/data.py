@@ -26,25 +26,29 @@ class Split(NamedTuple):
     test: Examples
 
 
-def digits(seed: int, num_train: int) -> Split:
+def digits(seed: int, num_train: int, wrong_labels: float = 0.0) -> Split:
     """The digits, split.
 
     Args:
         seed: It draws the training images. The 1,000 test images are the same for every seed.
         num_train: How many of the other 797 images to train on; the rest is for validation.
+        wrong_labels: The share of the training images that get a wrong label.
 
     Returns:
         The three parts of the data.
     """
     loaded = datasets.load_digits()
-    images, labels = loaded.images[..., None] / 16, loaded.target
+    images, labels = loaded.images[..., None] / 16, loaded.target.copy()
 
     def select(indices: np.ndarray) -> Examples:
         return Examples(jnp.asarray(images[indices], jnp.float32), jnp.asarray(labels[indices], jnp.int32))
 
     # Shuffled first, because the images come writer by writer.
     test, rest = np.split(np.random.default_rng(0).permutation(len(labels)), [NUM_TEST])
-    train, validation = np.split(np.random.default_rng([seed, 1]).permutation(rest), [num_train])
+    rng = np.random.default_rng([seed, 1])
+    train, validation = np.split(rng.permutation(rest), [num_train])
+    wrong = train[: round(wrong_labels * num_train)]
+    labels[wrong] = (labels[wrong] + rng.integers(1, 10, len(wrong))) % 10
     return Split(select(train), select(validation), select(test))
 
 

@@ -1,18 +1,19 @@
 """Trains a small network by each method at the same cost, and measures where that led."""
 
 import dataclasses
+import functools
 import importlib.metadata
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 from flax import nnx
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 import nso_jax
@@ -20,8 +21,8 @@ from benchmarks import data, measuring, methods, plots, table
 from benchmarks.methods import METHODS, Method
 from benchmarks.models import ConvNet
 
-# One step: `step(state, key, batch) -> state`.
-Step = Callable[[nnx.State, jax.Array, data.Examples], nnx.State]
+# One jitted step: `step(state, key, batch) -> state`.
+Step = jax.stages.Wrapped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Settings:
         seeds: How many trainings of each method, with the seeds 0, 1, ...
         steps: Steps of the methods that evaluate two gradients in each; SGD takes twice as many.
         num_train: Images to train on.
+        wrong_labels: The share of them with a wrong label, so that it does harm to learn them by heart.
         batch_size: Images in a batch.
         num_points: How often to measure during training, at even distances.
         point_probes: Random probes for the trace at each of these.
@@ -42,7 +44,8 @@ class Settings:
     methods: tuple[str, ...]
     seeds: int
     steps: int
-    num_train: int = 200
+    num_train: int = 400
+    wrong_labels: float = 0.2
     batch_size: int = 50
     num_points: int = 10
     point_probes: int = 10
@@ -97,14 +100,10 @@ def run(settings: Settings, progress: Progress) -> dict[str, Any]:
     runs = []
     for name in settings.methods:
         method = METHODS[name]
-        step = compile_step(method, settings)
+        step = compiled_step(method, settings)
         for seed in range(settings.seeds):
             present = progress.add_task(f"{name}, seed {seed}", total=evaluations)
-
-            def advance(count: int, present: Any = present) -> None:
-                progress.advance(present, count)
-                progress.advance(whole, count)
-
+            advance = functools.partial(_advance, progress, (whole, present))
             figures = train(method, step, seed, settings=settings, gauge=gauge, advance=advance)
             progress.remove_task(present)
             progress.console.print(
@@ -129,9 +128,8 @@ def new_state(
     return graphdef, state, rngs.noise()
 
 
-def compile_step(method: Method, settings: Settings) -> Step:
-    """One step as a pure function, compiled once for all seeds."""
-    graphdef, state, key = new_state(method, settings, seed=0)
+def step_function(method: Method, graphdef: nnx.GraphDef[Any]) -> Step:
+    """One step of the method as a pure function, which is compiled once for all seeds."""
     update = method.update(method.strength)
 
     @jax.jit
@@ -140,8 +138,15 @@ def compile_step(method: Method, settings: Settings) -> Step:
         update(model, optimizer, jax.random.fold_in(key, optimizer.step[...]), batch)
         return nnx.state((model, optimizer))
 
-    split = data.digits(0, settings.num_train)
-    step(state, key, next(data.batches(split.train, settings.batch_size, seed=0)))
+    return step
+
+
+def compiled_step(method: Method, settings: Settings) -> Step:
+    """The step, run once so that no training's time has the compiler's in it."""
+    graphdef, state, key = new_state(method, settings, seed=0)
+    step = step_function(method, graphdef)
+    examples = data.digits(0, settings.num_train).train
+    step(state, key, next(data.batches(examples, settings.batch_size, seed=0)))
     return step
 
 
@@ -167,7 +172,7 @@ def train(
     Returns:
         The figures at the end, and `curve`, those during training.
     """
-    split = data.digits(seed, settings.num_train)
+    split = data.digits(seed, settings.num_train, settings.wrong_labels)
     graphdef, state, key = new_state(method, settings, seed)
     batches = data.batches(split.train, settings.batch_size, seed)
     curve, seconds, done = [], 0.0, 0
@@ -193,9 +198,9 @@ def train(
     }
 
 
-def _points(num_steps: int, count: int) -> Iterator[int]:
+def _points(num_steps: int, count: int) -> list[int]:
     """The steps after which to measure, the last one among them."""
-    return iter(sorted({max(1, round(num_steps * i / count)) for i in range(1, count + 1)}))
+    return sorted({max(1, round(num_steps * i / count)) for i in range(1, count + 1)})
 
 
 def _describe(settings: Settings) -> dict[str, Any]:
@@ -225,6 +230,11 @@ def _progress(console: Console) -> Progress:
     left = (TextColumn("gradients,"), TimeRemainingColumn(), TextColumn("left"))
     # Speeds are averaged over minutes, because measuring interrupts the training every few seconds.
     return Progress(*columns, *left, console=console, transient=True, speed_estimate_period=300)
+
+
+def _advance(progress: Progress, tasks: Iterable[TaskID], count: int) -> None:
+    for task in tasks:
+        progress.advance(task, count)
 
 
 def _print_table(console: Console, results: dict[str, Any]) -> None:

@@ -11,9 +11,11 @@ import nso_jax.nnx
 from benchmarks.data import Examples
 from benchmarks.models import cross_entropy
 
-LEARNING_RATE = 0.2
+# Picked for SGD by validation accuracy (other seeds, clean labels), from learning rates .05, .1, .2 and
+# weight decays 2e-3, 5e-3, 1e-2, and used for all methods.
+LEARNING_RATE = 0.1
+WEIGHT_DECAY = 5e-3
 MOMENTUM = 0.9
-WEIGHT_DECAY = 1e-3
 
 # In place, with the model, its optimizer, a key for the noise and a batch.
 Update = Callable[[nnx.Module, nnx.Optimizer, jax.Array, Examples], None]

@@ -5,6 +5,8 @@ import math
 import statistics
 from typing import Any
 
+from benchmarks.files import UserError
+
 HEADERS = (
     "method",
     "test accuracy (%)",
@@ -27,8 +29,9 @@ def caption(results: dict[str, Any]) -> str:
     settings, machine = results["settings"], results["machine"]
     return (
         f"Mean ± standard deviation over {settings['seeds']} seeds: of the initial weights, the data order, "
-        f"the noise, and which {settings['num_train']} digits are trained on. "
-        f"The {settings['num_test']:,} test images are always the same. "
+        f"the noise, and which {settings['num_train']} digits are trained on, "
+        f"{100 * settings['wrong_labels']:.0f} % of them with a wrong label. The {settings['num_test']:,} test "
+        "images are always the same, with right labels. "
         f"Every method takes {settings['gradient_evaluations']:,} gradient evaluations "
         f"on {settings['batch_size']} images each. Loss gap: test loss minus training loss. "
         "Trace and largest eigenvalue: of the Hessian of the training loss over all training images, in "
@@ -52,12 +55,12 @@ def replace_in(readme: str, results: dict[str, Any]) -> str:
         results: The figures.
 
     Raises:
-        ValueError: The marks are missing.
+        UserError: The marks are missing.
     """
     before, begin, rest = readme.partition(_BEGIN)
     _, end, after = rest.partition(_END)
     if not end:
-        raise ValueError(f"the marks {_BEGIN} and {_END} are missing")
+        raise UserError(f"README.md lacks the marks {_BEGIN} and {_END}")
     return f"{before}{begin}\n{markdown(results)}{end}{after}"
 
 

@@ -1,8 +1,8 @@
-"""Eight devices, and JAX as strict as it can be, for every test."""
+"""Eight devices, unless XLA_FLAGS says otherwise, and JAX as strict as it can be."""
 
 import os
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
 import jax
 import pytest

@@ -1,0 +1,298 @@
+"""`python -m benchmarks`: a tiny run from end to end, every mistake a user can make, and the table."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks import __main__ as cli
+from benchmarks import data, demo, files, methods, table
+
+ROOT = Path(__file__).parents[2]
+FILES = {"results.json", "table.md", "training.png", "surface.png"}
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo") / "new" / "folder"
+    assert cli.main(["demo", "--steps", str(STEPS), "--seeds", "2", "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(output):
+    return json.loads((output / "results.json").read_text())
+
+
+def test_all_files_are_written_and_nothing_else(output):
+    assert {path.name for path in output.iterdir()} == FILES
+    for path in output.glob("*.png"):
+        assert path.read_bytes().startswith(b"\x89PNG")
+        assert path.stat().st_size < 150_000
+
+
+def test_json_has_every_figure_of_every_seed(results):
+    runs = results["runs"]
+    assert [(run["method"], run["seed"]) for run in runs] == [
+        (name, seed) for name in cli.METHODS for seed in (0, 1)
+    ]
+    for run in runs:
+        assert 0 <= run["test_accuracy"] <= 1
+        assert run["loss_gap"] == pytest.approx(run["test_loss"] - run["train_loss"], rel=1e-3, abs=1e-5)
+        assert run["trace_standard_error"] > 0
+        assert run["eigenvalue_residual"] <= 1e-2 * abs(run["largest_eigenvalue"])
+        assert run["seconds"] > 0
+        assert run["curve"][-1]["gradient_evaluations"] == run["gradient_evaluations"]
+        assert run["curve"][-1]["test_accuracy"] == run["test_accuracy"]
+        assert run["slices"]["random"]["train"][12] == pytest.approx(run["train_loss"], rel=1e-4)
+    assert set(results["versions"]) == {"python", "jax", "jaxlib", "flax", "optax", "nso_jax"}
+    assert results["machine"]["cpu_count"] == os.cpu_count()
+    assert results["settings"]["methods"] == list(cli.METHODS)
+
+
+def test_all_methods_evaluate_as_many_gradients(results):
+    assert {run["gradient_evaluations"] for run in results["runs"]} == {2 * STEPS}
+    assert results["settings"]["gradient_evaluations"] == 2 * STEPS
+
+
+@pytest.mark.parametrize("name", cli.METHODS)
+def test_a_step_evaluates_the_gradients_that_are_counted(name):
+    """Counted in the compiled program: a gradient of the network has five convolutions (two forward,
+    two for the kernels and one for the first layer's output)."""
+    method, settings = methods.METHODS[name], demo.Settings((name,), seeds=1, steps=STEPS)
+    graphdef, state, key = demo.new_state(method, settings, seed=0)
+    step = demo.step_function(method, graphdef)
+    batch = next(data.batches(data.digits(0, 50).train, batch_size=50, seed=0))
+    hlo = step.lower(state, key, batch).as_text()
+    assert hlo.count("stablehlo.convolution") == 5 * method.gradients_per_step
+
+
+def test_table_and_markdown_agree_with_the_figures(output, results):
+    assert (output / "table.md").read_text() == table.markdown(results)
+    assert [row[0] for row in table.rows(results)] == list(cli.METHODS)
+
+
+def test_publish_copies_to_the_results_and_the_readme(output, results, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "RESULTS", tmp_path)
+    monkeypatch.setattr(cli, "README", tmp_path / "README.md")
+    cli.README.write_text("before\n<!-- demo-table -->\nold\n<!-- /demo-table -->\nafter\n")
+    assert cli.main(["publish", "--out", str(output)]) == 0
+    assert json.loads((tmp_path / "demo.json").read_text()) == results
+    assert (tmp_path / "demo-surface.png").read_bytes() == (output / "surface.png").read_bytes()
+    text = cli.README.read_text()
+    assert table.markdown(results) in text
+    assert "old" not in text
+    assert text.startswith("before\n<!-- demo-table -->\n")
+    assert text.endswith("<!-- /demo-table -->\nafter\n")
+    cli.main(["readme"])
+    assert cli.README.read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["demo", "--methods", "sgd", "adam"], "adam"),
+        (["demo", "--seeds", "0"], "'0'"),
+        (["demo", "--steps", "many"], "'many'"),
+        (["demo", "--epochs", "3"], "--epochs"),
+        (["train"], "train"),
+        ([], "command"),
+        (["demo", "--out", "a-file"], "a-file"),
+        (["demo", "--out", "a-file/folder"], "a-file/folder"),
+        (["demo", "--out", "/proc/x"], "/proc/x"),
+        (["demo", "--out", "/dev/null/x"], "/dev/null/x"),
+        (["demo", "--out", "new/" + 300 * "x"], "name too long"),
+        (["publish", "--out", "nowhere"], "nowhere/results.json"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(arguments, expected, tmp_path):
+    (tmp_path / "a-file").write_text("mine")
+    _fails_in_one_line(["-m", "benchmarks", *arguments], expected, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["a-file"]
+    assert (tmp_path / "a-file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("package", ["flax", "sklearn", "matplotlib", "rich"])
+def test_a_missing_package_is_told_in_one_line(package, tmp_path):
+    code = (
+        f"import sys; sys.modules[{package!r}] = None; from benchmarks.__main__ import main; sys.exit(main())"
+    )
+    _fails_in_one_line(["-c", code, "demo"], f"needs {package}, of the 'benchmarks' extra", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def _fails_in_one_line(arguments, expected, folder):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(  # noqa: S603
+        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert expected.lower() in done.stderr.lower()
+    assert "Traceback" not in done.stderr
+
+
+def test_a_broken_library_is_not_taken_for_a_missing_package(monkeypatch, tmp_path):
+    monkeypatch.delitem(sys.modules, "benchmarks.demo")
+    monkeypatch.delattr("benchmarks.demo")
+    monkeypatch.setitem(sys.modules, "nso_jax.curvature", None)
+    monkeypatch.delitem(sys.modules, "benchmarks.measuring")
+    monkeypatch.delattr("benchmarks.measuring")
+    with pytest.raises(ImportError, match="nso_jax"):
+        cli.main(["demo", "--out", str(tmp_path / "new")])
+
+
+def test_ctrl_c_leaves_one_line_and_no_folder(monkeypatch, tmp_path, capsys):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "demo", interrupted)
+    assert cli.main(["demo", "--out", str(tmp_path / "new" / "folder")]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_are_written_all_or_none(tmp_path):
+    (tmp_path / "a").write_text("old")
+    with pytest.raises(files.UserError, match="cannot write"):
+        files.write_files({tmp_path / "a": "new", tmp_path / "none" / "b": b"new"})
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_text() == "old"
+    files.write_files({tmp_path / "a": "new"})
+    assert (tmp_path / "a").read_text() == "new"
+
+
+def _results(values, errors):
+    runs = [
+        {
+            "method": "nso",
+            "test_accuracy": value,
+            "loss_gap": 0.01,
+            "trace": 1000 * value,
+            "trace_standard_error": error,
+            "largest_eigenvalue": 0.0,
+            "seconds": 12.34,
+        }
+        for value, error in zip(values, errors, strict=True)
+    ]
+    settings = {
+        "methods": ["nso"],
+        "seeds": len(values),
+        "num_train": 400,
+        "wrong_labels": 0.2,
+        "num_test": 1000,
+        "gradient_evaluations": 2400,
+        "batch_size": 50,
+        "final_probes": 100,
+    }
+    return {"machine": {"device": "cpu", "cpu_count": 2}, "settings": settings, "runs": runs}
+
+
+def test_table_shows_mean_and_standard_deviation():
+    row = table.rows(_results([0.90, 0.92], [3.0, 4.0]))[0]
+    assert row == [
+        "nso",
+        "91.0 ± 1.4",
+        "0.0100 ± 0.0000",
+        "910 ± 14",
+        "3.54",
+        "0.00 ± 0.00",
+        "12.3 ± 0.0",
+    ]
+
+
+def test_table_of_one_seed_has_no_deviation():
+    assert table.rows(_results([0.9], [3.0]))[0][1:4] == ["90.0", "0.0100", "900"]
+
+
+def test_readme_without_marks_is_refused():
+    with pytest.raises(files.UserError, match="demo-table"):
+        table.replace_in("# nso_jax\n", _results([0.9], [3.0]))
+
+
+def test_readme_has_the_table_of_the_published_results():
+    if not cli.README.exists() or "<!-- demo-table -->" not in cli.README.read_text():
+        pytest.skip("README.md has no marks yet")
+    readme = cli.README.read_text()
+    published = json.loads((cli.RESULTS / "demo.json").read_text())
+    assert table.replace_in(readme, published) == readme
+
+
+def test_published_figures_are_of_equal_cost_and_small():
+    if not (cli.RESULTS / "demo.json").exists():
+        pytest.skip("nothing is published yet")
+    runs = json.loads((cli.RESULTS / "demo.json").read_text())["runs"]
+    assert len({run["gradient_evaluations"] for run in runs}) == 1
+    assert all(math.isfinite(run["trace"]) for run in runs)
+    for name in ("demo-training.png", "demo-surface.png"):
+        assert (cli.RESULTS / name).stat().st_size < 150_000
+
+
+def test_command_line_knows_the_methods():
+    assert tuple(methods.METHODS) == cli.METHODS
+
+
+def test_digits_are_split_without_overlap():
+    first, second = data.digits(0, 200), data.digits(1, 200)
+    assert [len(part.labels) for part in first] == [200, 597, 1000]
+    everything = np.concatenate([part.images for part in first]).reshape(1797, -1)
+    assert len(np.unique(everything, axis=0)) == len(np.unique(_all_digits(), axis=0))
+    np.testing.assert_array_equal(first.test.images, second.test.images)
+    assert not np.array_equal(first.train.images, second.train.images)
+    np.testing.assert_array_equal(first.train.images, data.digits(0, 200).train.images)
+
+
+def test_wrong_labels_are_as_many_as_asked_for_and_only_in_training():
+    clean, noisy = data.digits(3, 400), data.digits(3, 400, wrong_labels=0.2)
+    np.testing.assert_array_equal(clean.train.images, noisy.train.images)
+    assert np.sum(clean.train.labels != noisy.train.labels) == 80
+    np.testing.assert_array_equal(clean.validation.labels, noisy.validation.labels)
+    np.testing.assert_array_equal(clean.test.labels, noisy.test.labels)
+    assert set(np.unique(noisy.train.labels)) == set(range(10))
+
+
+def _all_digits():
+    return np.concatenate([part.images for part in data.digits(5, 100)]).reshape(1797, -1)
+
+
+def test_an_epoch_of_batches_has_every_example_once():
+    examples = data.Examples(np.arange(10.0), np.arange(10))
+    stream = data.batches(examples, batch_size=5, seed=0)
+    epochs = [[next(stream), next(stream)] for _ in range(2)]
+    for epoch in epochs:
+        assert sorted(np.concatenate([batch.labels for batch in epoch])) == list(range(10))
+        for batch in epoch:
+            np.testing.assert_array_equal(batch.images, batch.labels)
+    assert not np.array_equal(epochs[0][0].labels, epochs[1][0].labels)
+
+
+def test_a_step_is_compiled_once_for_all_seeds():
+    settings = demo.Settings(("sgd",), seeds=2, steps=STEPS)
+    method = methods.METHODS["sgd"]
+    traced = []
+
+    def update(_):
+        inner = method.update(0.0)
+
+        def counted(*args):
+            traced.append(1)
+            inner(*args)
+
+        return counted
+
+    counting = methods.Method(update, gradients_per_step=1, strength=0.0)
+    graphdef, *_ = demo.new_state(counting, settings, seed=0)
+    step = demo.step_function(counting, graphdef)
+    for seed in (0, 1):
+        _, state, key = demo.new_state(counting, settings, seed)
+        batch = next(data.batches(data.digits(seed, 50).train, batch_size=50, seed=seed))
+        jax.block_until_ready(step(state, key, batch))
+    assert len(traced) == 1
