@@ -33,7 +33,7 @@ def value_and_grad(
     Args:
       fun: `fun(model, *args, **kwargs)` returning a real scalar, or a pair of that and auxiliary output.
       sigma: standard deviation of one weight's noise; a prefix pytree or a function refers to
-        `nnx.state(model, wrt)`.
+        `nnx.state(model, wrt)`, so a number for each layer is `nnx.State({"conv": 0.1, "head": 0.0})`.
       wrt: an NNX filter, the variables that are perturbed and differentiated; the same as the optimizer's.
       has_aux: whether `fun` returns `(loss, aux)`.
       aux: "mean", "stack" or "clean", or a prefix pytree of them. "clean" takes the model's new state from

@@ -45,9 +45,10 @@ def normal(key: jax.Array, shape: tuple[int, ...] = (), dtype: Any = jnp.float32
 
 
 def rademacher(key: jax.Array, shape: tuple[int, ...] = (), dtype: Any = jnp.float32) -> jax.Array:
-    """Random signs, u = +1 or -1 with probability 1/2 each: cheaper to draw than a Gaussian.
+    """Random signs, u = +1 or -1 with probability 1/2 each, at about the price of a copy.
 
-    u_i^2 = 1 always, so the diagonal of the Hessian enters u^T H u without any variance.
+    u_i^2 = 1 always, so the diagonal of the Hessian enters u^T H u without any variance. Up to 32 weights
+    share a random 32-bit word, along the axis whose size has the most factors of 2.
 
     Args:
       key: a PRNG key.
@@ -63,7 +64,7 @@ def rademacher(key: jax.Array, shape: tuple[int, ...] = (), dtype: Any = jnp.flo
       >>> abs(noise.rademacher(jax.random.key(0), (3,)))
       Array([1., 1., 1.], dtype=float32)
     """
-    return jax.random.rademacher(key, shape, jnp.int8).astype(dtype)
+    return 1 - 2 * _random_fields(key, shape, 1).astype(dtype)
 
 
 def uniform(key: jax.Array, shape: tuple[int, ...] = (), dtype: Any = jnp.float32) -> jax.Array:
@@ -123,7 +124,7 @@ def centered_binomial(key: jax.Array, shape: tuple[int, ...] = (), dtype: Any = 
       >>> bool(abs(noise.centered_binomial(jax.random.key(0), (1000,))).max() <= 8**0.5)
       True
     """
-    heads = jax.lax.population_count(jax.random.bits(key, shape, jnp.uint8)).astype(dtype)
+    heads = jax.lax.population_count(_random_fields(key, shape, _BINOMIAL_TRIALS)).astype(dtype)
     return (heads - _BINOMIAL_TRIALS / 2) * (2 / math.sqrt(_BINOMIAL_TRIALS))
 
 
@@ -298,6 +299,25 @@ def widen(x: Any) -> jax.Array:
     if jnp.finfo(x.dtype).bits >= 32:  # noqa: PLR2004  (float32, float64 and their complex kin)
         return x
     return x.astype(jnp.float32)
+
+
+def _random_fields(key: jax.Array, shape: tuple[int, ...], width: int) -> jax.Array:
+    """`width` random bits for each entry: as many entries share a 32-bit word as divide one of the axes.
+
+    The axis is divided without padding, so that an array sharded over any axis keeps its sharding.
+    """
+    if not shape:
+        return _random_fields(key, (1,), width)[0]
+    shared = [math.gcd(size, 32 // width) for size in shape]
+    lanes = max(shared)
+    axis = len(shape) - 1 - shared[::-1].index(lanes)  # the last of the best: its lanes are contiguous
+    before, after = shape[:axis], shape[axis + 1 :]
+    words = jax.random.bits(key, (*before, shape[axis] // lanes, 1, *after), jnp.uint32)
+    shifts = width * jax.lax.broadcasted_iota(
+        jnp.uint32, (*[1] * (axis + 1), lanes, *[1] * len(after)), axis + 1
+    )
+    fields = (words >> shifts) & jnp.uint32(2**width - 1)
+    return fields.reshape(shape)
 
 
 def _leaf_keys(key: jax.Array, paths: list[str]) -> jax.Array:

@@ -76,6 +76,18 @@ def test_it_averages_evaluations_that_start_from_the_same_state(key, model, opti
     chex.assert_trees_all_close((value, arrays(grads), statistics(model)), expected, rtol=2e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize(
+    "sigma",
+    [noise.relative(0.3, "channel"), nnx.State({"conv": 0.1, "norm": 0.0, "linear": {"kernel": 0.2, "bias": 0.0}})],
+    ids=["relative", "prefix"],
+)
+def test_sigma_may_be_relative_or_a_prefix_of_the_state(key, model, sigma):
+    x, y = data(key)
+    expected = mean([(v, g) for v, g, _ in evaluations(key, nnx.clone(model), x, y, sigma=sigma)])
+    value, grads = nso_jax.nnx.value_and_grad(loss, sigma=sigma)(key, model, x, y)
+    chex.assert_trees_all_close((value, arrays(grads)), expected, rtol=2e-5, atol=1e-7)
+
+
 def test_statistics_move_once_per_step(key, model):
     """From 0 and 1 by a tenth of the way to the batch's: with sigma = 0 exactly as in a plain step."""
     x, y = data(key)

@@ -85,6 +85,32 @@ def test_sharded_leaves_get_the_same_noise(key):
     np.testing.assert_array_equal(jax.jit(draw)(key, whole)["w"], jax.jit(draw)(key, sharded)["w"])
 
 
+@pytest.mark.parametrize("sampler", [noise.normal, noise.rademacher, noise.centered_binomial])
+@pytest.mark.parametrize("shape", [(512, 64), (64, 24), (24, 64), (40,), (8, 8), (3, 3, 16, 40)])
+def test_noise_for_sharded_leaves_needs_no_communication(key, sampler, shape):
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    whole = jax.jit(functools.partial(draw, sampler=sampler))(key, jnp.zeros(shape))
+    for axis, size in enumerate(shape):
+        if size % 8 == 0:
+            spec = jax.P(*[None] * axis, "d")
+            leaf = jax.device_put(jnp.zeros(shape), jax.NamedSharding(mesh, spec))
+            add = jax.jit(lambda key, w: noise.perturb(w, draw(key, w, sampler=sampler)))
+            program = add.lower(key, leaf).compile().as_text()
+            for collective in ("all-gather", "all-reduce", "collective-permute", "all-to-all", "reduce-scatter"):
+                assert collective not in program
+            np.testing.assert_array_equal(add(key, leaf), whole)
+
+
+@pytest.mark.parametrize("shape", [(7,), (2, 5), (48,), (6, 4), (3, 64), (64, 3)])
+@pytest.mark.parametrize("sampler", [noise.rademacher, noise.centered_binomial])
+def test_packed_bits_are_fair_and_independent_in_every_shape(sampler, shape):
+    u = np.asarray(jax.vmap(lambda key: sampler(key, shape))(jax.random.split(jax.random.key(5), 3000)))
+    u = u.reshape(len(u), -1)
+    assert np.all(abs(u.mean(0)) < SIGMAS / np.sqrt(len(u)))
+    correlations = u.T @ u / len(u) - np.eye(u.shape[1])
+    assert np.all(abs(correlations) < (SIGMAS + 1) / np.sqrt(len(u)))  # 18,000 pairs: 6 errors
+
+
 def test_noise_is_wide_and_scaled_by_a_prefix(key):
     params = {
         "a": {"b": jnp.zeros(3, jnp.bfloat16), "c": jnp.zeros((), jnp.float16)},
