@@ -3,17 +3,26 @@
 Everything but the standard library is imported late, so that a missing package gives one clear line.
 """
 
+import _thread
 import argparse
 import json
+import os
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from benchmarks import table
 from benchmarks.files import UserError, output_folder, read_file, write_files
 
 METHODS = ("sgd", "sam", "wp-sgd", "nso")
 RESULTS = Path(__file__).parent / "results"
+PUBLISHED = {
+    "results.json": "demo.json",
+    "training.png": "demo-training.png",
+    "surface.png": "demo-surface.png",
+}
 README = Path(__file__).parent.parent / "README.md"
 
 
@@ -51,26 +60,16 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _publish(options: argparse.Namespace) -> None:
-    names = {
-        "results.json": "demo.json",
-        "training.png": "demo-training.png",
-        "surface.png": "demo-surface.png",
-    }
-    write_files({RESULTS / new: read_file(options.out / old) for old, new in names.items()})
-    _readme(options)
+    contents = {RESULTS / new: read_file(options.out / old) for old, new in PUBLISHED.items()}
+    write_files(contents | {README: _readme_with(contents[RESULTS / "demo.json"])})
 
 
 def _readme(_: argparse.Namespace) -> None:
-    from benchmarks import table  # noqa: PLC0415
-
-    results = json.loads(read_file(RESULTS / "demo.json"))
-    write_files({README: table.replace_in(read_file(README).decode(), results)})
+    write_files({README: _readme_with(read_file(RESULTS / "demo.json"))})
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, without the usage."""
-        self.exit(2, f"{self.prog}: {message}\n")
+def _readme_with(results: bytes) -> str:
+    return table.replace_in(read_file(README).decode(), json.loads(results))
 
 
 def _missing_package(error: ImportError) -> Exception:
@@ -82,6 +81,12 @@ def _missing_package(error: ImportError) -> Exception:
     )
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, without the usage."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m benchmarks", description="What nso_jax claims, reproducible.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
@@ -91,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
         "demo", help="four methods on small digits, in minutes", formatter_class=defaults
     )
     demo.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="what to compare")
-    demo.add_argument("--seeds", type=_count, default=3, help="trainings of each method")
+    demo.add_argument("--seeds", type=_count, default=5, help="trainings of each method")
     demo.add_argument(
         "--steps",
         type=_count,
@@ -120,5 +125,20 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _interrupt_again(lost: Any) -> None:
+    """Repeats a Ctrl-C that was lost in a callback of the garbage collector (JAX has one)."""
+    if lost.exc_type is KeyboardInterrupt:
+        threading.Timer(0.05, _thread.interrupt_main).start()
+    else:
+        sys.__unraisablehook__(lost)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.unraisablehook = _interrupt_again
+    code = main()
+    if code == 130:
+        # Compiled code that was cut short can crash the interpreter while it cleans up.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

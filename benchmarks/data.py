@@ -19,11 +19,20 @@ class Examples(NamedTuple):
 
 
 class Split(NamedTuple):
-    """What a seed trains on, what the methods were tuned on, and what they are compared on."""
+    """What a seed works with.
+
+    Attributes:
+        train: What it trains on, some labels wrong.
+        validation: What the methods were tuned on, with right labels.
+        test: What they are compared on, with right labels.
+        mislabelled_test: The same with labels wrong as often as in training: the loss on it differs from the
+            training loss only by what was learnt by heart.
+    """
 
     train: Examples
     validation: Examples
     test: Examples
+    mislabelled_test: Examples
 
 
 def digits(seed: int, num_train: int, wrong_labels: float = 0.0) -> Split:
@@ -35,21 +44,28 @@ def digits(seed: int, num_train: int, wrong_labels: float = 0.0) -> Split:
         wrong_labels: The share of the training images that get a wrong label.
 
     Returns:
-        The three parts of the data.
+        The parts of the data.
     """
     loaded = datasets.load_digits()
-    images, labels = loaded.images[..., None] / 16, loaded.target.copy()
-
-    def select(indices: np.ndarray) -> Examples:
-        return Examples(jnp.asarray(images[indices], jnp.float32), jnp.asarray(labels[indices], jnp.int32))
-
+    images, labels = loaded.images[..., None] / 16, loaded.target
     # Shuffled first, because the images come writer by writer.
     test, rest = np.split(np.random.default_rng(0).permutation(len(labels)), [NUM_TEST])
     rng = np.random.default_rng([seed, 1])
     train, validation = np.split(rng.permutation(rest), [num_train])
-    wrong = train[: round(wrong_labels * num_train)]
-    labels[wrong] = (labels[wrong] + rng.integers(1, 10, len(wrong))) % 10
-    return Split(select(train), select(validation), select(test))
+    mislabelled = labels.copy()
+    for part in (train, test):
+        wrong = rng.permutation(part)[: round(wrong_labels * len(part))]
+        mislabelled[wrong] = (labels[wrong] + rng.integers(1, 10, len(wrong))) % 10
+
+    def select(indices: np.ndarray, labels: np.ndarray) -> Examples:
+        return Examples(jnp.asarray(images[indices], jnp.float32), jnp.asarray(labels[indices], jnp.int32))
+
+    return Split(
+        select(train, mislabelled),
+        select(validation, labels),
+        select(test, labels),
+        select(test, mislabelled),
+    )
 
 
 def batches(examples: Examples, batch_size: int, seed: int) -> Iterator[Examples]:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib.metadata
+import json
 import os
 import platform
 import time
@@ -49,7 +50,7 @@ class Settings:
     batch_size: int = 50
     num_points: int = 10
     point_probes: int = 10
-    final_probes: int = 100
+    final_probes: int = 50
 
     @property
     def gradient_evaluations(self) -> int:
@@ -72,10 +73,11 @@ def demo(settings: Settings) -> dict[str, str | bytes]:
     """
     console = Console()
     with _progress(console) as progress:
-        results = run(settings, progress)
-        progress.update(progress.tasks[0].id, description="drawing")
+        text = table.to_json(run(settings, progress))
+        # Read back, so that the table and the pictures show exactly what the file says.
+        results = json.loads(text)
         files: dict[str, str | bytes] = {
-            "results.json": table.to_json(results),
+            "results.json": text,
             "table.md": table.markdown(results),
             "training.png": plots.training(results),
             "surface.png": plots.surface(results),
@@ -192,7 +194,6 @@ def train(
         "gradient_evaluations": done * method.gradients_per_step,
         "seconds": seconds,
         **figures,
-        "loss_gap": figures["test_loss"] - figures["train_loss"],
         **measuring.measure_surface(gauge, network, split, seed),
         "curve": curve,
     }
@@ -217,7 +218,7 @@ def _describe(settings: Settings) -> dict[str, Any]:
             "gradient_evaluations": settings.gradient_evaluations,
             "momentum": methods.MOMENTUM,
             "weight_decay": methods.WEIGHT_DECAY,
-            "learning_rate": methods.LEARNING_RATE,
+            "learning_rate": {name: method.learning_rate for name, method in chosen.items()},
             "strength": {name: method.strength for name, method in chosen.items()},
             "gradients_per_step": {name: method.gradients_per_step for name, method in chosen.items()},
             "slice_distances": measuring.SLICE_DISTANCES,
@@ -238,11 +239,10 @@ def _advance(progress: Progress, tasks: Iterable[TaskID], count: int) -> None:
 
 
 def _print_table(console: Console, results: dict[str, Any]) -> None:
-    shown = Table(caption=table.caption(results), caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    rows = table.rows(results)
-    for header, *cells in zip(table.HEADERS, *rows, strict=True):
-        # On a narrow terminal the headers are wrapped, not the figures.
-        shown.add_column(header, justify="right", min_width=max(map(len, cells)))
-    for row in rows:
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for header in table.HEADERS:
+        # One word a line: then the table fits into 80 columns.
+        shown.add_column(header.replace(" ", "\n"), justify="right", no_wrap=True, vertical="bottom")
+    for row in table.rows(results):
         shown.add_row(*row)
-    console.print(shown)
+    console.print(shown, table.caption(results), sep="\n", highlight=False)

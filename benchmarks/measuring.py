@@ -17,8 +17,8 @@ from benchmarks.models import cross_entropy
 from nso_jax import curvature, noise
 
 SLICE_DISTANCES = {
-    "random": np.linspace(-1, 1, 25).tolist(),
-    "eigenvector": np.linspace(-0.5, 0.5, 25).tolist(),
+    "random": np.linspace(-0.5, 0.5, 21).tolist(),
+    "eigenvector": np.linspace(-0.1, 0.1, 21).tolist(),
 }
 
 
@@ -63,13 +63,15 @@ def gauge(graphdef: nnx.GraphDef[Any]) -> Gauge:
 def measure_point(gauge: Gauge, network: Network, split: Split, num_probes: int) -> dict[str, float]:
     """The figures followed over training: losses, test accuracy, the trace of the training loss's Hessian."""
     params, rest = network
-    train, test = (split.train, rest), (split.test, rest)
+    train, test, mislabelled = ((part, rest) for part in (split.train, split.test, split.mislabelled_test))
     # The same probes for all networks, so that differences between them are less noisy than each.
     trace = curvature.trace(jax.random.key(0), gauge.loss, params, train, num_products=num_probes)
+    train_loss = float(gauge.loss(params, train))
     return {
         "test_accuracy": float(gauge.accuracy(params, test)),
-        "train_loss": float(gauge.loss(params, train)),
+        "train_loss": train_loss,
         "test_loss": float(gauge.loss(params, test)),
+        "loss_gap": float(gauge.loss(params, mislabelled)) - train_loss,
         "trace": trace.value,
         "trace_standard_error": trace.standard_error,
     }
@@ -84,11 +86,7 @@ def measure_surface(gauge: Gauge, network: Network, split: Split, seed: int) -> 
     params, rest = network
     key = jax.random.fold_in(jax.random.key(0), seed)
     pairs = curvature.eigenvalues(key, gauge.loss, params, (split.train, rest), k=1, tol=1e-3)
-    kernels = jax.tree.map(lambda w: w.ndim > 1, params)
-    directions = {
-        "random": noise.perturbation(key, params, noise.relative(1.0, per="channel"), mask=kernels),
-        "eigenvector": pairs.vectors[0],
-    }
+    directions = {"random": _random_direction(key, params), "eigenvector": pairs.vectors[0]}
     slices = {
         name: {
             part: _along(gauge, params, direction, SLICE_DISTANCES[name], (examples, rest))
@@ -107,6 +105,15 @@ def measure_surface(gauge: Gauge, network: Network, split: Split, seed: int) -> 
     }
 
 
+@jax.jit
+def _random_direction(key: jax.Array, params: nnx.State) -> Any:
+    kernels = jax.tree.map(lambda w: w.ndim > 1, params)
+    return noise.perturbation(key, params, noise.relative(1.0, per="channel"), mask=kernels)
+
+
+_moved = jax.jit(noise.perturb)
+
+
 def _along(
     gauge: Gauge,
     params: nnx.State,
@@ -114,4 +121,4 @@ def _along(
     distances: Sequence[float],
     batch: tuple[Examples, nnx.State],
 ) -> list[float]:
-    return [float(gauge.loss(noise.perturb(params, direction, t), batch)) for t in distances]
+    return [float(gauge.loss(_moved(params, direction, t), batch)) for t in distances]

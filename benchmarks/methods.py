@@ -11,11 +11,8 @@ import nso_jax.nnx
 from benchmarks.data import Examples
 from benchmarks.models import cross_entropy
 
-# Picked for SGD by validation accuracy (other seeds, clean labels), from learning rates .05, .1, .2 and
-# weight decays 2e-3, 5e-3, 1e-2, and used for all methods.
-LEARNING_RATE = 0.1
-WEIGHT_DECAY = 5e-3
 MOMENTUM = 0.9
+WEIGHT_DECAY = 5e-3
 
 # In place, with the model, its optimizer, a key for the noise and a batch.
 Update = Callable[[nnx.Module, nnx.Optimizer, jax.Array, Examples], None]
@@ -28,12 +25,14 @@ class Method:
     Attributes:
         update: `update(strength) -> (model, optimizer, key, batch) -> None`, which takes one step in place.
         gradients_per_step: Gradient evaluations of a step.
+        learning_rate: Where the cosine schedule starts.
         strength: Of the perturbation: rho for SAM, sigma for weight noise, 0 for SGD.
         wrap: What makes the method's optimizer of the optimizer that all share.
     """
 
     update: Callable[[float], Update]
     gradients_per_step: int
+    learning_rate: float
     strength: float
     wrap: Callable[[optax.GradientTransformation, float], optax.GradientTransformation] = (
         lambda optimizer, _: optimizer
@@ -42,7 +41,7 @@ class Method:
 
 def optimizer(method: Method, num_steps: int) -> optax.GradientTransformation:
     """Momentum, weight decay and a cosine schedule, the same for all methods."""
-    schedule = optax.cosine_decay_schedule(LEARNING_RATE, num_steps)
+    schedule = optax.cosine_decay_schedule(method.learning_rate, num_steps)
     shared = optax.chain(optax.add_decayed_weights(WEIGHT_DECAY), optax.sgd(schedule, momentum=MOMENTUM))
     return method.wrap(shared, method.strength)
 
@@ -89,9 +88,16 @@ def _wrap_sam(optimizer: optax.GradientTransformation, rho: float) -> optax.Grad
     return optax.contrib.sam(optimizer, ascent, opaque_mode=True)
 
 
+# Picked by the accuracy on the validation images, a mean over the seeds 100 to 104. SGD came first: learning
+# rate of .05, .1, .2 and WEIGHT_DECAY, which all methods share, of 2e-3, 5e-3, 1e-2. Then the other three on
+# one grid: learning rate of .05, .1 and rho or sigma of .02, .05, .1, .2, .5.
 METHODS = {
-    "sgd": Method(_sgd, gradients_per_step=1, strength=0.0),
-    "sam": Method(_sam, gradients_per_step=2, strength=0.05, wrap=_wrap_sam),
-    "wp-sgd": Method(_noise(antithetic=False, num_samples=2), gradients_per_step=2, strength=0.02),
-    "nso": Method(_noise(antithetic=True, num_samples=1), gradients_per_step=2, strength=0.02),
+    "sgd": Method(_sgd, gradients_per_step=1, learning_rate=0.1, strength=0.0),
+    "sam": Method(_sam, gradients_per_step=2, learning_rate=0.05, strength=0.2, wrap=_wrap_sam),
+    "wp-sgd": Method(
+        _noise(antithetic=False, num_samples=2), gradients_per_step=2, learning_rate=0.05, strength=0.1
+    ),
+    "nso": Method(
+        _noise(antithetic=True, num_samples=1), gradients_per_step=2, learning_rate=0.05, strength=0.1
+    ),
 }

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 # Colours of Okabe and Ito, which colour-blind readers can tell apart; and a dash pattern for print.
 _STYLES = {
@@ -14,6 +15,7 @@ _STYLES = {
     "wp-sgd": ("#CC79A7", "-."),
     "nso": ("#0072B2", "-"),
 }
+_ORDER = {"-": 2.0, "--": 2.1, "-.": 2.2}  # a line with gaps lets the one below be seen
 
 
 def training(results: dict[str, Any]) -> bytes:
@@ -27,34 +29,39 @@ def training(results: dict[str, Any]) -> bytes:
         _band(trace, name, x, [[point["trace"] for point in curve] for curve in curves], log=True)
     accuracy.set(title="Test accuracy (%)", xlabel="gradient evaluations")
     trace.set(title="Trace of the Hessian of the training loss", xlabel="gradient evaluations", yscale="log")
+    trace.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    trace.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    trace.yaxis.set_minor_formatter(NullFormatter())
     return _finish(figure, accuracy)
 
 
 def surface(results: dict[str, Any]) -> bytes:
     """Losses along two lines through each solution: means, with a band of a standard deviation."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    panels = figure.subplots(1, 3)
+    panels = figure.subplots(1, 3, sharey=True)
+    relative, absolute = "distance / size of each filter", "distance in weight space"
     wanted = (
-        ("random", "train", "Training loss,\nrandom direction", "distance / size of each filter"),
-        ("random", "test", "Test loss,\nrandom direction", "distance / size of each filter"),
-        ("eigenvector", "train", "Training loss,\ntop Hessian eigenvector", "distance"),
+        ("random", "train", "Training loss along\na random direction", relative),
+        ("random", "test", "Test loss along\na random direction", relative),
+        ("eigenvector", "train", "Training loss along\nthe top Hessian eigenvector", absolute),
     )
     for panel, (direction, part, title, xlabel) in zip(panels, wanted, strict=True):
         for name in results["settings"]["methods"]:
             losses = [run["slices"][direction][part] for run in results["runs"] if run["method"] == name]
             _band(panel, name, results["settings"]["slice_distances"][direction], losses)
         panel.set(title=title, xlabel=xlabel)
-        panel.set_ylim(bottom=0)
+    panels[0].set(ylabel="cross-entropy", ylim=(0, None))
     return _finish(figure, panels[0])
 
 
 def _band(axes: Axes, name: str, x: list[float], values: list[list[float]], *, log: bool = False) -> None:
     """The mean over the first axis of `values`, geometric for a logarithmic axis, and what is around it."""
-    scaled = np.log(values) if log else np.asarray(values)
+    # An estimate from few probes can be negative, where a logarithm has none.
+    scaled = np.log(np.maximum(values, 1e-3)) if log else np.asarray(values)
     mean, deviation = scaled.mean(axis=0), scaled.std(axis=0, ddof=min(1, len(values) - 1))
     low, middle, high = (np.exp(y) if log else y for y in (mean - deviation, mean, mean + deviation))
     colour, dashes = _STYLES[name]
-    axes.plot(x, middle, color=colour, linestyle=dashes, linewidth=2, label=name)
+    axes.plot(x, middle, color=colour, linestyle=dashes, linewidth=2, label=name, zorder=_ORDER[dashes])
     axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
 
 

@@ -12,7 +12,7 @@ HEADERS = (
     "test accuracy (%)",
     "loss gap",
     "Hessian trace",
-    "SE of a trace",
+    "its SE",
     "largest eigenvalue",
     "seconds",
 )
@@ -30,12 +30,13 @@ def caption(results: dict[str, Any]) -> str:
     return (
         f"Mean ± standard deviation over {settings['seeds']} seeds: of the initial weights, the data order, "
         f"the noise, and which {settings['num_train']} digits are trained on, "
-        f"{100 * settings['wrong_labels']:.0f} % of them with a wrong label. The {settings['num_test']:,} test "
-        "images are always the same, with right labels. "
+        f"{100 * settings['wrong_labels']:.0f} % of them with a wrong label. "
+        f"The {settings['num_test']:,} test images are always the same, with right labels. "
         f"Every method takes {settings['gradient_evaluations']:,} gradient evaluations "
-        f"on {settings['batch_size']} images each. Loss gap: test loss minus training loss. "
+        f"on {settings['batch_size']} images each. Loss gap: test loss minus training loss, "
+        "with as many wrong labels in both. "
         "Trace and largest eigenvalue: of the Hessian of the training loss over all training images, in "
-        "evaluation mode. SE: standard error of one seed's trace, from "
+        "evaluation mode. Its SE: the standard error of one seed's trace, from "
         f"{settings['final_probes']} random probes. Seconds: to train one seed, without compiling and "
         f"measuring, on {machine['cpu_count']} CPU cores ({machine['device']})."
     )
@@ -84,22 +85,27 @@ def _row(name: str, runs: list[dict[str, Any]]) -> list[str]:
         _spread(column("trace")),
         _number(math.sqrt(statistics.mean(error**2 for error in column("trace_standard_error")))),
         _spread(column("largest_eigenvalue")),
-        _spread(column("seconds")),
+        _spread(column("seconds"), digits=2),
     ]
 
 
-def _spread(values: list[float]) -> str:
+def _spread(values: list[float], digits: int = 3) -> str:
+    """Mean ± standard deviation: two significant digits of the deviation, at most `digits` of the mean."""
     mean = statistics.mean(values)
     if len(values) == 1:
-        return _number(mean)
-    return f"{_number(mean)} ± {_number(statistics.stdev(values), like=mean)}"
+        return _number(mean, digits)
+    deviation = statistics.stdev(values)
+    decimals = min(_decimals(mean, digits), _decimals(deviation, digits=2))
+    return f"{mean:.{decimals}f} ± {deviation:.{decimals}f}"
 
 
-def _number(value: float, like: float | None = None) -> str:
-    """Three significant digits, or as many decimals as `like` gets so."""
-    size = abs(value if like is None else like)
-    decimals = 2 - math.floor(math.log10(size)) if size else 2
-    return f"{value:.{min(max(decimals, 0), 4)}f}"
+def _number(value: float, digits: int = 3) -> str:
+    return f"{value:.{_decimals(value, digits)}f}"
+
+
+def _decimals(value: float, digits: int) -> int:
+    """How many decimals show so many significant digits; four at most."""
+    return min(max(digits - 1 - math.floor(math.log10(abs(value))), 0), 4) if value else 4
 
 
 def _rounded(value: Any) -> Any:

@@ -78,7 +78,10 @@ def test_it_averages_evaluations_that_start_from_the_same_state(key, model, opti
 
 @pytest.mark.parametrize(
     "sigma",
-    [noise.relative(0.3, "channel"), nnx.State({"conv": 0.1, "norm": 0.0, "linear": {"kernel": 0.2, "bias": 0.0}})],
+    [
+        noise.relative(0.3, "channel"),
+        nnx.State({"conv": 0.1, "norm": 0.0, "linear": {"kernel": 0.2, "bias": 0.0}}),
+    ],
     ids=["relative", "prefix"],
 )
 def test_sigma_may_be_relative_or_a_prefix_of_the_state(key, model, sigma):

@@ -96,7 +96,13 @@ def test_noise_for_sharded_leaves_needs_no_communication(key, sampler, shape):
             leaf = jax.device_put(jnp.zeros(shape), jax.NamedSharding(mesh, spec))
             add = jax.jit(lambda key, w: noise.perturb(w, draw(key, w, sampler=sampler)))
             program = add.lower(key, leaf).compile().as_text()
-            for collective in ("all-gather", "all-reduce", "collective-permute", "all-to-all", "reduce-scatter"):
+            for collective in (
+                "all-gather",
+                "all-reduce",
+                "collective-permute",
+                "all-to-all",
+                "reduce-scatter",
+            ):
                 assert collective not in program
             np.testing.assert_array_equal(add(key, leaf), whole)
 

@@ -27,7 +27,9 @@ def median_ratio(numerator, denominator, repetitions=25):
 
 def convnet_loss(params, x, y):
     for kernel, bias in params["convolutions"]:
-        x = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        x = jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
         x = jax.nn.relu(x + bias.reshape(1, 1, 1, -1))
         x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
     logits = x.reshape(len(x), -1) @ params["head"]
@@ -37,7 +39,9 @@ def convnet_loss(params, x, y):
 def convnet(key):
     keys = jax.random.split(key, 4)
     shapes = [(3, 3, 1, 16), (3, 3, 16, 32)]
-    convolutions = [(0.1 * jax.random.normal(k, s), jnp.zeros(s[-1])) for k, s in zip(keys, shapes, strict=False)]
+    convolutions = [
+        (0.1 * jax.random.normal(k, s), jnp.zeros(s[-1])) for k, s in zip(keys, shapes, strict=False)
+    ]
     params = {"convolutions": convolutions, "head": 0.1 * jax.random.normal(keys[2], (7 * 7 * 32, 10))}
     return params, jax.random.normal(keys[3], (128, 28, 28, 1)), jnp.arange(128) % 10
 
@@ -47,6 +51,7 @@ def test_a_convnet_with_4_draws_costs_8_plain_gradients(key):
     averaged = jax.jit(nso_jax.value_and_grad(convnet_loss, sigma=0.01, num_samples=4))
     plain = jax.jit(jax.value_and_grad(convnet_loss))
     ratio = median_ratio(
-        lambda: averaged(key, params, x, y), lambda: [jax.block_until_ready(plain(params, x, y)) for _ in range(8)]
+        lambda: averaged(key, params, x, y),
+        lambda: [jax.block_until_ready(plain(params, x, y)) for _ in range(8)],
     )
     assert ratio <= 1.1
