@@ -49,8 +49,8 @@ def value_and_grad(
       sigma: standard deviation of one weight's noise. A scalar, a prefix pytree of the differentiated
         argument (the tuple of them if `argnums` is one), or a function from it to such a prefix, as
         `noise.relative` gives. It may be traced: a schedule is `sigma=schedule(step)` inside the step.
-      num_samples: k, the number of draws; 2k gradients are evaluated (k if not `antithetic`). One draw is
-        the default because k steps of one draw do more than one step of k draws at the same cost.
+      num_samples: k, the number of draws; 2k gradients are evaluated (k if not `antithetic`). More draws
+        divide the estimate's variance by k. The default of 1 takes the most steps for a given cost.
       antithetic: evaluate at W + U and W - U. False gives one-sided noise ("weight-perturbed SGD"), whose
         gradient keeps the first-order term H U and so has a far larger variance.
       sampler: `sampler(key, shape, dtype)` of unit variance; see `nso_jax.noise`.
@@ -152,10 +152,8 @@ def value_and_grad(
             "stack": iter(stacks),
             "clean": iter(_mean_over_axis(cleans, axis_name)),
         }
-        return (
-            value,
-            jax.tree.unflatten(jax.tree.structure(aux_like), [next(leaves[f]) for f in fates]),
-        ), grads
+        aux_out = jax.tree.unflatten(jax.tree.structure(aux_like), [next(leaves[fate]) for fate in fates])
+        return (value, aux_out), grads
 
     return value_and_grad_fn
 
@@ -220,7 +218,8 @@ def mean_over_draws(
         draws = first + jnp.arange(size, dtype=jnp.int32)
         kept = []
         for side, sign in enumerate(signs):
-            late = 0 if total is None else _zero_once_computed(total)
+            if side:
+                late = _zero_once_computed(total)
             sided = _over_draws(lambda u, i, sign=sign + late: evaluate_at(u, i, sign), size)
             averaged, of_side = sided(u, len(signs) * draws + side)
             sums = jax.tree.map(lambda x: jnp.sum(noise.widen(x), axis=0), averaged)
@@ -393,7 +392,7 @@ def _select(args: tuple[Any, ...], argnums: int | tuple[int, ...]) -> PyTree:
     if isinstance(argnums, tuple):
         return tuple(_select(args, i) for i in argnums)
     if not -len(args) <= argnums < len(args):
-        raise TypeError(f"argnums: {argnums} needs that many arguments after the key, got {len(args)}.")
+        raise TypeError(f"argnums: {argnums} is out of range, got {len(args)} arguments after the key.")
     return args[argnums]
 
 

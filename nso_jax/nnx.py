@@ -4,7 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from flax import nnx
+
+try:
+    from flax import nnx
+except ImportError as error:
+    raise ImportError("nso_jax.nnx needs flax: pip install 'nso-jax[flax]'") from error
 
 from nso_jax import gradients
 from nso_jax._checks import PyTree, as_key

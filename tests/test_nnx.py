@@ -1,3 +1,6 @@
+import importlib
+import sys
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -268,3 +271,10 @@ def test_added_variables_are_refused_by_name(key, model):
         ValueError, match="fun: it may change the model's variables but not add or remove any: hidden"
     ):
         nso_jax.nnx.value_and_grad(sows, sigma=SIGMA)(key, model, *data(key))
+
+
+def test_without_flax_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flax", None)
+    monkeypatch.delitem(sys.modules, "nso_jax.nnx")
+    with pytest.raises(ImportError, match=r"nso_jax.nnx needs flax: pip install 'nso-jax\[flax\]'"):
+        importlib.import_module("nso_jax.nnx")
