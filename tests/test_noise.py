@@ -104,7 +104,7 @@ def test_noise_for_sharded_leaves_needs_no_communication(key, sampler, shape):
                 "reduce-scatter",
             ):
                 assert collective not in program
-            np.testing.assert_array_equal(add(key, leaf), whole)
+            np.testing.assert_array_max_ulp(np.asarray(add(key, leaf)), np.asarray(whole), 4)
 
 
 @pytest.mark.parametrize("shape", [(7,), (2, 5), (48,), (6, 4), (3, 64), (64, 3)])
@@ -215,7 +215,7 @@ W = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
         (
             lambda k: draw(k, W, {"w": 0.1}),
             ValueError,
-            r"sigma: not a prefix of the pytree .* symmetric difference on key sets is b",
+            r"sigma: not a prefix of the pytree .* at key path sigma .* 1 child keys .*w.* 2 child keys .*b.*w",
         ),
         (
             lambda k: draw(k, W, jnp.ones(2)),
