@@ -6,6 +6,7 @@ Everything but the standard library is imported late, so that a missing package 
 import _thread
 import argparse
 import json
+import math
 import os
 import sys
 import threading
@@ -53,7 +54,8 @@ def _demo(options: argparse.Namespace) -> None:
             from benchmarks import demo  # noqa: PLC0415
         except ImportError as error:
             raise _missing_package(error) from error
-        settings = demo.Settings(tuple(dict.fromkeys(options.methods)), options.seeds, options.steps)
+        methods = tuple(dict.fromkeys(options.methods))
+        settings = demo.Settings(methods, options.seeds, options.steps, wrong_labels=options.wrong_labels)
         files = demo.demo(settings)
         write_files({options.out / name: content for name, content in files.items()})
     print(f"{options.out}: {', '.join(files)}")
@@ -103,6 +105,9 @@ def _parser() -> argparse.ArgumentParser:
         default=1200,
         help="steps of two gradient evaluations (sgd: twice as many of one)",
     )
+    demo.add_argument(
+        "--wrong-labels", type=_share, default=0.2, help="share of the training labels made wrong"
+    )
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="output folder")
     demo.set_defaults(run=_demo)
 
@@ -123,6 +128,16 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = math.nan
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text!r}")
+    return share
 
 
 def _interrupt_again(lost: Any) -> None:

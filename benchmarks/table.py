@@ -104,8 +104,8 @@ def _number(value: float, digits: int = 3) -> str:
 
 
 def _decimals(value: float, digits: int) -> int:
-    """How many decimals show so many significant digits; four at most."""
-    return min(max(digits - 1 - math.floor(math.log10(abs(value))), 0), 4) if value else 4
+    """How many decimals show so many significant digits; three at most."""
+    return min(max(digits - 1 - math.floor(math.log10(abs(value))), 0), 3) if value else 3
 
 
 def _rounded(value: Any) -> Any:
