@@ -1,7 +1,6 @@
 """The heart: a loss's value and gradient, averaged over antithetic perturbations of its weights."""
 
 import contextlib
-import math
 import operator
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nso_jax import noise
+from nso_jax import _backend, noise
 from nso_jax._checks import PyTree, as_key, broadcast_prefix, check_count, check_inexact, check_loss, describe
 from nso_jax.noise import Sampler, Sigma
 
@@ -203,7 +202,7 @@ def mean_over_draws(
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
     keys = jax.random.split(key, num_samples)
     signs = (1, -1) if antithetic else (1,)
-    size = min(chunk_size or (1 if _on_cpu() else num_samples), num_samples)
+    size = min(chunk_size or (1 if _backend.on_cpu() else num_samples), num_samples)
 
     def draw(key: jax.Array) -> PyTree:
         return noise.perturbation(key, params, sigma, sampler=sampler, mask=mask)
@@ -213,13 +212,13 @@ def mean_over_draws(
 
     def add_chunk(total: PyTree, first: Any, size: int) -> tuple[PyTree, PyTree]:
         """`total` plus the sum over draws first, ..., first + size - 1; what is kept of each, in order."""
-        late = 0 if total is None else _zero_once_computed(total)
+        late = 0 if total is None else _backend.zero_once_computed(total)
         u = _over_draws(draw, size)(jax.lax.dynamic_slice_in_dim(keys, first + late, size))
         draws = first + jnp.arange(size, dtype=jnp.int32)
         kept = []
         for side, sign in enumerate(signs):
             if side:
-                late = _zero_once_computed(total)
+                late = _backend.zero_once_computed(total)
             sided = _over_draws(lambda u, i, sign=sign + late: evaluate_at(u, i, sign), size)
             averaged, of_side = sided(u, len(signs) * draws + side)
             sums = jax.tree.map(lambda x: jnp.sum(noise.widen(x), axis=0), averaged)
@@ -272,24 +271,12 @@ def _sum_over_chunks(
 ) -> tuple[PyTree, PyTree]:
     """Runs all chunks of `count` draws, the last of which may be smaller, one after another."""
     whole, rest = divmod(count, size)
-    firsts = [size * i for i in range(whole)]
-    total, parts = None, []
-    # XLA:CPU runs a convolution inside a loop body some 34 times slower than outside, so there the chunks
-    # are unrolled.
-    if whole > 1 and not _on_cpu():
-        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(lambda: add_chunk(None, 0, size)[0]))
-        total, kept = jax.lax.scan(
-            lambda total, i: add_chunk(total, i, size), zeros, jnp.asarray(firsts, jnp.int32)
-        )
-        parts.append(jax.tree.map(_merge_axes, kept))
-    else:
-        for first in firsts:
-            total, kept = add_chunk(total, first, size)
-            parts.append(kept)
-    if rest:
-        total, kept = add_chunk(total, size * whole, rest)
-        parts.append(kept)
-    return total, jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
+    total, stacked = _backend.loop(lambda total, i: add_chunk(total, size * i, size), None, whole)
+    kept = jax.tree.map(_merge_axes, stacked)
+    if not rest:
+        return total, kept
+    total, last = add_chunk(total, size * whole, rest)
+    return total, jax.tree.map(lambda x, y: jnp.concatenate([x, y]), kept, last)
 
 
 def _over_draws(fun: Callable[..., PyTree], size: int) -> Callable[..., PyTree]:
@@ -299,20 +286,6 @@ def _over_draws(fun: Callable[..., PyTree], size: int) -> Callable[..., PyTree]:
     return lambda *args: jax.tree.map(
         lambda x: jnp.asarray(x)[None], fun(*jax.tree.map(lambda x: x[0], args))
     )
-
-
-def _zero_once_computed(tree: PyTree) -> jax.Array:
-    """The int32 zero, but known only after `tree` is: what uses it waits, so that memory does not add up."""
-    if not _on_cpu() or jax.device_count() > 1:  # an entry of a sharded leaf would have to be communicated
-        return jax.lax.optimization_barrier((tree, jnp.int32(0)))[1]
-    # XLA:CPU drops barriers before it schedules. No number is above infinity, but XLA does not know.
-    entries = [jnp.real(x[(0,) * x.ndim]).astype(jnp.float32) for x in jax.tree.leaves(tree) if x.size]
-    return (sum(entries, start=jnp.float32(0)) > math.inf).astype(jnp.int32)
-
-
-def _on_cpu() -> bool:
-    device = getattr(jax.config, "jax_default_device", None)
-    return (getattr(device, "platform", device) or jax.default_backend()) == "cpu"
 
 
 def _merge_axes(x: jax.Array) -> jax.Array:

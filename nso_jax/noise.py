@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nso_jax._backend import with_fast_bits
 from nso_jax._checks import PyTree, as_key, broadcast_prefix, check_deviation, check_inexact, leaf_mask
 
 Sampler = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
@@ -41,7 +42,7 @@ def normal(key: jax.Array, shape: tuple[int, ...] = (), dtype: Any = jnp.float32
       >>> noise.normal(jax.random.key(0), (1000,)).std().round(1)
       Array(1., dtype=float32)
     """
-    return jax.random.normal(key, shape, dtype)
+    return jax.random.normal(with_fast_bits(as_key(key)), shape, dtype)
 
 
 def rademacher(key: jax.Array, shape: tuple[int, ...] = (), dtype: Any = jnp.float32) -> jax.Array:
@@ -84,7 +85,9 @@ def uniform(key: jax.Array, shape: tuple[int, ...] = (), dtype: Any = jnp.float3
       >>> bool(abs(noise.uniform(jax.random.key(0), (1000,))).max() <= 3**0.5)
       True
     """
-    return jax.random.uniform(key, shape, dtype, -_UNIFORM_HALF_WIDTH, _UNIFORM_HALF_WIDTH)
+    return jax.random.uniform(
+        with_fast_bits(as_key(key)), shape, dtype, -_UNIFORM_HALF_WIDTH, _UNIFORM_HALF_WIDTH
+    )
 
 
 def laplace(key: jax.Array, shape: tuple[int, ...] = (), dtype: Any = jnp.float32) -> jax.Array:
@@ -104,7 +107,7 @@ def laplace(key: jax.Array, shape: tuple[int, ...] = (), dtype: Any = jnp.float3
       >>> noise.laplace(jax.random.key(0), (2, 3)).shape
       (2, 3)
     """
-    return jax.random.laplace(key, shape, dtype) / _LAPLACE_DEVIATION
+    return jax.random.laplace(with_fast_bits(as_key(key)), shape, dtype) / _LAPLACE_DEVIATION
 
 
 def centered_binomial(key: jax.Array, shape: tuple[int, ...] = (), dtype: Any = jnp.float32) -> jax.Array:
@@ -148,7 +151,7 @@ def cauchy(key: jax.Array, shape: tuple[int, ...] = (), dtype: Any = jnp.float32
       >>> noise.cauchy(jax.random.key(0), (4,)).shape
       (4,)
     """
-    return jax.random.cauchy(key, shape, dtype)
+    return jax.random.cauchy(with_fast_bits(as_key(key)), shape, dtype)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

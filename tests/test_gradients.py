@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 import nso_jax
-from nso_jax import gradients, noise
+from nso_jax import _backend, noise
 
 SIGMA = 0.1
 
@@ -300,7 +300,7 @@ def test_clean_aux_costs_one_forward_pass_more():
 def loops(request, monkeypatch):
     """What GPU and TPU do, run on the CPU: chunks in a loop, ordered by optimization_barrier."""
     if request.param == "looped":
-        monkeypatch.setattr(gradients, "_on_cpu", lambda: False)
+        monkeypatch.setattr(_backend, "on_cpu", lambda: False)
     return request.param
 
 
@@ -320,7 +320,7 @@ def test_loops_agree_with_unrolled_chunks(key, monkeypatch):
         with_aux, sigma=SIGMA, num_samples=7, chunk_size=2, has_aux=True, clean_weight=0.2
     )
     unrolled = jax.jit(fn)(key, *AUX_ARGS)
-    monkeypatch.setattr(gradients, "_on_cpu", lambda: False)
+    monkeypatch.setattr(_backend, "on_cpu", lambda: False)
     looped = jax.jit(functools.partial(fn))  # a new function, which JAX has not traced yet
     assert "scan[" in str(looped.trace(key, *AUX_ARGS).jaxpr)
     chex.assert_trees_all_close(looped(key, *AUX_ARGS), unrolled, rtol=2e-6, atol=ROUNDING)

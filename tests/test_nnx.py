@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import nso_jax.nnx
-from nso_jax import gradients, noise
+from nso_jax import _backend, noise
 
 SIGMA = 0.1
 
@@ -186,7 +186,7 @@ def test_what_an_evaluation_leaves_alone_is_not_even_rounded(key, model):
 @pytest.mark.parametrize("looped", [False, True])
 def test_a_jitted_training_step(key, model, monkeypatch, chunk_size, looped):
     if looped:
-        monkeypatch.setattr(gradients, "_on_cpu", lambda: False)
+        monkeypatch.setattr(_backend, "on_cpu", lambda: False)
     optimizer = nnx.Optimizer(model, optax.sgd(0.3, momentum=0.9), wrt=nnx.Param)
     fn = nso_jax.nnx.value_and_grad(loss, sigma=0.01, num_samples=3, chunk_size=chunk_size)
 

@@ -1,0 +1,58 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nso_jax import _backend, noise
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32", "uint64"])
+@pytest.mark.parametrize("shape", [(), (1,), (0, 3), (33, 5), (4, 1, 7)])
+def test_fast_bits_are_those_of_jax(key, dtype, shape, x64):
+    fast = _backend.with_fast_bits(key)
+    assert fast.dtype != key.dtype
+    np.testing.assert_array_equal(jax.random.bits(fast, shape, dtype), jax.random.bits(key, shape, dtype))
+
+
+def test_fast_bits_are_those_of_jax_in_its_older_order_too(key):
+    with jax.threefry_partitionable(False):
+        fast = _backend.with_fast_bits(key)
+        np.testing.assert_array_equal(jax.random.bits(fast, (9,)), jax.random.bits(key, (9,)))
+
+
+def test_fast_keys_split_and_fold_as_the_key_does(key):
+    def numbers(key):
+        keys = jax.random.split(jax.random.fold_in(key, 3), 4)
+        return jax.vmap(lambda key: jax.random.bits(key, (5,)))(keys)
+
+    np.testing.assert_array_equal(numbers(_backend.with_fast_bits(key)), numbers(key))
+
+
+@pytest.mark.parametrize("sampler", [noise.normal, noise.uniform, noise.laplace, noise.cauchy])
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_samplers_do_not_depend_on_the_backend(sampler, impl, monkeypatch):
+    key = jax.random.key(0, impl=impl)
+    on_cpu = sampler(key, (1000,), jnp.float32)
+    monkeypatch.setattr(_backend, "on_cpu", lambda: False)
+    np.testing.assert_array_max_ulp(np.asarray(on_cpu), np.asarray(sampler(key, (1000,), jnp.float32)), 4)
+
+
+def test_loops_agree_with_unrolled_steps(monkeypatch):
+    def step(carry, i):
+        i = jnp.asarray(i, jnp.float32)
+        carry = {"sum": i if carry is None else carry["sum"] + i}
+        return carry, carry["sum"] * 2.0
+
+    unrolled = [_backend.loop(step, start, 5) for start in (None, {"sum": jnp.float32(3)})]
+    monkeypatch.setattr(_backend, "on_cpu", lambda: False)
+    looped = [_backend.loop(step, start, 5) for start in (None, {"sum": jnp.float32(3)})]
+    for (a, b), (c, d) in zip(unrolled, looped, strict=True):
+        assert a["sum"] == c["sum"]
+        np.testing.assert_array_equal(b, d)
+    np.testing.assert_array_equal(looped[1][1], 2 * (3 + np.cumsum(np.arange(5))))
+
+
+def test_fast_bits_are_not_a_loop_over_arrays(key):
+    """JAX's own are one on CPU, in which every array goes through memory in each of the twenty rounds."""
+    program = jax.jit(lambda key: noise.normal(key, (64, 64))).lower(key).compile().as_text()
+    assert " while(" not in program
