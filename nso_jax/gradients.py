@@ -1,6 +1,5 @@
 """The heart: a loss's value and gradient, averaged over antithetic perturbations of its weights."""
 
-import contextlib
 import operator
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -9,7 +8,16 @@ import jax
 import jax.numpy as jnp
 
 from nso_jax import _backend, noise
-from nso_jax._checks import PyTree, as_key, broadcast_prefix, check_count, check_inexact, check_loss, describe
+from nso_jax._checks import (
+    PyTree,
+    as_key,
+    broadcast_prefix,
+    check_count,
+    check_inexact,
+    check_loss,
+    describe,
+    dtype_of,
+)
 from nso_jax.noise import Sampler, Sigma
 
 AxisName = Hashable | tuple[Hashable, ...]
@@ -31,6 +39,7 @@ def value_and_grad(
     chunk_size: int | None = None,
     axis_name: AxisName | None = None,
     independent_draws: bool = True,
+    param_specs: PyTree = None,
 ) -> Callable[..., tuple[Any, PyTree]]:
     """Like `jax.value_and_grad`, of the loss smoothed by weight noise: F(W) = E[f(W + U)].
 
@@ -71,6 +80,9 @@ def value_and_grad(
         over it, of value, gradients and auxiliary output ("stack" stays local).
       independent_draws: with `axis_name`, whether each device folds its index into the key, so that D
         devices average k * D draws for the price of k.
+      param_specs: inside a `shard_map` that splits the params over further axes: their partition specs, a
+        prefix pytree as in its `in_specs`, so that each shard draws its own noise. Needed only with
+        `check_vma=False`; else JAX knows them.
 
     Returns:
       `fn(key, *args, **kwargs)`, returning `(value, grads)`, or `((value, aux), grads)` with `has_aux`, of
@@ -82,7 +94,7 @@ def value_and_grad(
       TypeError: an argument has the wrong type, `key` is missing or not a PRNG key, a differentiated leaf
         is not inexact, or the loss is not a real scalar.
       ValueError: `sigma` is negative or NaN, `num_samples` or `chunk_size` is below 1, `clean_weight` is
-        outside [0, 1], `aux` is unknown, or a prefix does not fit.
+        outside [0, 1], `aux` is unknown, a prefix does not fit, or `param_specs` names `axis_name`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -114,6 +126,7 @@ def value_and_grad(
         "chunk_size": chunk_size,
         "axis_name": axis_name,
         "independent_draws": independent_draws,
+        "param_specs": param_specs,
     }
     check_options(**options)
     _check_aux_modes(aux)
@@ -149,7 +162,7 @@ def value_and_grad(
             "mean": iter(means),
             "first": iter([leaf[0] for leaf in firsts]),
             "stack": iter(stacks),
-            "clean": iter(_mean_over_axis(cleans, axis_name)),
+            "clean": iter(mean_over_axis(cleans, axis_name)),
         }
         aux_out = jax.tree.unflatten(jax.tree.structure(aux_like), [next(leaves[fate]) for fate in fates])
         return (value, aux_out), grads
@@ -173,6 +186,7 @@ def mean_over_draws(
     chunk_size: int | None,
     axis_name: AxisName | None,
     independent_draws: bool,
+    param_specs: PyTree,
 ) -> tuple[PyTree, PyTree]:
     """The mean of `evaluate` over the draws: what `value_and_grad` and the optax adapter share.
 
@@ -192,20 +206,19 @@ def mean_over_draws(
       chunk_size: draws at once.
       axis_name: mapped axes to average over.
       independent_draws: whether devices along them draw for themselves.
+      param_specs: how other mapped axes shard the params.
 
     Returns:
       `averaged`, its mean, and `kept`, with the evaluations stacked along a new leading axis.
     """
-    if axis_name is not None:
-        params = _varying(params, axis_name)
-        if independent_draws:
-            key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+    specs = _varying_specs(params, key, _as_tuple(axis_name)) if param_specs is None else param_specs
+    params, key = localize(params, key, axis_name, independent_draws=independent_draws)
     keys = jax.random.split(key, num_samples)
     signs = (1, -1) if antithetic else (1,)
     size = min(chunk_size or (1 if _backend.on_cpu() else num_samples), num_samples)
 
     def draw(key: jax.Array) -> PyTree:
-        return noise.perturbation(key, params, sigma, sampler=sampler, mask=mask)
+        return noise.perturbation(key, params, sigma, sampler=sampler, mask=mask, specs=specs)
 
     def evaluate_at(u: PyTree, index: jax.Array, sign: Any) -> tuple[PyTree, PyTree]:
         return evaluate(noise.perturb(params, u, sign), index)
@@ -230,7 +243,7 @@ def mean_over_draws(
     mean = jax.tree.map(lambda x: x / (num_samples * len(signs)), total)
     if not _is_zero(clean_weight):
         mean = jax.tree.map(lambda c, x: _mix(clean_weight, c, x), clean(params), mean)
-    return _mean_over_axis(cast_like(mean, like), axis_name), kept
+    return mean_over_axis(cast_like(mean, like), axis_name), kept
 
 
 def check_options(
@@ -241,10 +254,12 @@ def check_options(
     clean_weight: Any,
     chunk_size: Any,
     independent_draws: Any,
+    axis_name: Any,
+    param_specs: Any,
     **unchecked: Any,
 ) -> None:
     """Raises TypeError or ValueError, naming the argument and its value, for options that cannot work."""
-    del unchecked  # sigma and mask need the params; axis_name is checked by JAX, where it is bound
+    del unchecked  # sigma and mask need the params
     check_count("num_samples", num_samples)
     if chunk_size is not None:
         check_count("chunk_size", chunk_size)
@@ -255,6 +270,14 @@ def check_options(
         raise TypeError(
             f"sampler: expected a function (key, shape, dtype) -> array, got {describe(sampler)}."
         )
+    for spec in jax.tree.leaves(param_specs):
+        if not isinstance(spec, jax.P):
+            raise TypeError(f"param_specs: expected partition specs, got {describe(spec)}.")
+        if set(noise.axes_of(spec)) & set(_as_tuple(axis_name)):
+            raise ValueError(
+                f"param_specs: {spec} splits params over axis_name={axis_name!r}, over which their gradients "
+                "are averaged; only whole params, or other axes, can be."
+            )
     if jnp.shape(clean_weight) != ():
         raise ValueError(f"clean_weight: expected a scalar, got shape {jnp.shape(clean_weight)}.")
     if not isinstance(clean_weight, jax.core.Tracer) and not 0 <= jax.device_get(clean_weight) <= 1:
@@ -264,6 +287,11 @@ def check_options(
 def cast_like(tree: PyTree, like: PyTree) -> PyTree:
     """`tree` with the dtypes of `like`, leaf by leaf."""
     return jax.tree.map(lambda x, y: x.astype(jnp.result_type(y)), tree, like)
+
+
+def is_inexact(leaf: Any) -> bool:
+    """Whether an array has a mean: its dtype is float or complex."""
+    return jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
 def _sum_over_chunks(
@@ -297,24 +325,59 @@ def _mix(weight: Any, clean: Any, noisy: jax.Array) -> jax.Array:
     return weight * noise.widen(clean) + (1 - weight) * noisy
 
 
-def _varying(params: PyTree, axis_name: AxisName) -> PyTree:
-    """Each device's own copy: with a shared one, JAX would sum the gradients over the devices."""
+def localize(
+    tree: PyTree, key: jax.Array, axis_name: AxisName | None, *, independent_draws: bool
+) -> tuple[PyTree, jax.Array]:
+    """Each device's own copy of a pytree and its own key: what `mean_over_axis` joins in the end.
 
-    def vary(x: Any) -> Any:
-        for axis in axis_name if isinstance(axis_name, tuple) else (axis_name,):
-            with contextlib.suppress(ValueError):  # it varies over this axis already
-                x = jax.lax.pcast(x, axis, to="varying")
+    With a copy that the devices share, JAX would sum gradients over them.
+    """
+    axes = _as_tuple(axis_name)
+
+    def own(x: Any) -> Any:
+        for axis in axes:
+            x = x if _varies(x, axis) else jax.lax.pcast(x, axis, to="varying")
         return x
 
-    return jax.tree.map(vary, params)
+    def own_if_inexact(x: Any) -> Any:
+        dtype = dtype_of(x)
+        return own(x) if dtype is not None and jnp.issubdtype(dtype, jnp.inexact) else x
+
+    if axes and independent_draws:
+        key = jax.random.fold_in(key, jax.lax.axis_index(axes))
+    key = jax.random.wrap_key_data(own(jax.random.key_data(key)), impl=jax.random.key_impl(key))
+    return jax.tree.map(own_if_inexact, tree), key
 
 
-def _mean_over_axis(tree: PyTree, axis_name: AxisName | None) -> PyTree:
+def _varies(x: Any, axis: Hashable) -> bool:
+    """Whether JAX knows that `x` differs along a mapped axis; without `check_vma` it knows of nothing."""
+    try:
+        jax.lax.pcast(x, axis, to="varying")
+    except ValueError:
+        return True
+    return False
+
+
+def _varying_specs(params: PyTree, key: jax.Array, averaged: tuple[Hashable, ...]) -> PyTree:
+    """The axes of `shard_map` that split each leaf, but not the key, as a partition spec."""
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    data = jax.random.key_data(key)
+    axes = [axis for axis in manual if axis not in averaged and not _varies(data, axis)]
+    return jax.tree.map(lambda x: jax.P(tuple(axis for axis in axes if _varies(x, axis))), params)
+
+
+def _as_tuple(axis_name: AxisName | None) -> tuple[Hashable, ...]:
+    if isinstance(axis_name, tuple):
+        return axis_name
+    return () if axis_name is None else (axis_name,)
+
+
+def mean_over_axis(tree: PyTree, axis_name: AxisName | None) -> PyTree:
     """The mean over devices of the inexact leaves; the others stay as they are on each device."""
     if axis_name is None:
         return tree
     leaves, treedef = jax.tree.flatten(tree)
-    inexact = [i for i, leaf in enumerate(leaves) if _is_inexact(leaf)]
+    inexact = [i for i, leaf in enumerate(leaves) if is_inexact(leaf)]
     for i, mean in zip(inexact, jax.lax.pmean([leaves[i] for i in inexact], axis_name), strict=True):
         leaves[i] = mean
     return jax.tree.unflatten(treedef, leaves)
@@ -334,7 +397,7 @@ def _aux_fates(aux: PyTree, aux_like: PyTree) -> list[str]:
     """For each leaf of the auxiliary output "mean", "stack", "clean" or, where it has no mean, "first"."""
     modes = broadcast_prefix("aux", aux, aux_like)
     return [
-        "first" if mode == "mean" and not _is_inexact(leaf) else mode
+        "first" if mode == "mean" and not is_inexact(leaf) else mode
         for mode, leaf in zip(modes, jax.tree.leaves(aux_like), strict=True)
     ]
 
@@ -345,10 +408,6 @@ def _by_fate(aux_out: PyTree, fates: list[str]) -> dict[str, list[Any]]:
         fate: [leaf for leaf, of_leaf in zip(leaves, fates, strict=True) if of_leaf == fate]
         for fate in ("mean", "first", "stack", "clean")
     }
-
-
-def _is_inexact(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
 def _is_zero(weight: Any) -> bool:

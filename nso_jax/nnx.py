@@ -1,6 +1,6 @@
 """The averaged gradient for Flax NNX modules, whose state moves once per step and not once per evaluation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,8 +10,9 @@ try:
 except ImportError as error:
     raise ImportError("nso_jax.nnx needs flax: pip install 'nso-jax[flax]'") from error
 
-from nso_jax import gradients
+from nso_jax import gradients, parallel
 from nso_jax._checks import PyTree, as_key
+from nso_jax.gradients import AxisName
 from nso_jax.noise import Sigma
 
 
@@ -43,7 +44,7 @@ def value_and_grad(
       aux: "mean", "stack" or "clean", or a prefix pytree of them. "clean" takes the model's new state from
         the forward pass at W too, as the authors' code does with batch statistics.
       **options: the other arguments of `nso_jax.value_and_grad` but `argnums`: `num_samples`, `antithetic`,
-        `sampler`, `mask`, `clean_weight`, `chunk_size`, `axis_name`, `independent_draws`.
+        `sampler`, `mask`, `clean_weight`, `chunk_size`, `axis_name`, `independent_draws`, `param_specs`.
 
     Returns:
       `fn(key, model, *args, **kwargs)`, returning `(value, grads)`, or `((value, aux), grads)` if `has_aux`.
@@ -94,12 +95,89 @@ def value_and_grad(
         if not selected:
             raise ValueError(f"wrt: {wrt!r} selects no variable of the {type(model).__name__}.")
         (value, (aux_out, moved)), grads = averaged(key, selected[0], graphdef, rest)
-        paths = [path for path, _ in nnx.to_flat_state(rest)]
-        new = [(path, variable) for path, variable in zip(paths, moved, strict=True) if variable is not None]
-        nnx.update(arguments, nnx.from_flat_state(new))
+        nnx.update(arguments, _only(rest, moved))
         return ((value, aux_out) if has_aux else value), grads
 
     return value_and_grad_fn
+
+
+def microbatch(
+    fn: Callable[..., PyTree],
+    num_microbatches: int,
+    *,
+    batch_argnums: int | Sequence[int] = (1,),
+    axis_name: AxisName | None = None,
+    independent_draws: bool = True,
+) -> Callable[..., PyTree]:
+    """`nso_jax.parallel.microbatch` for functions of NNX modules, whose state moves with each part.
+
+        g = 1/m sum_i g(key_i, model after i parts, part i),    key_i = jax.random.split(key, m)[i]
+
+    It is as if `fn` were called with one part of the batch after another: dropout masks are new in each,
+    and batch statistics, each of B/m examples, move m times.
+
+    Args:
+      fn: `fn(key, model, *args, **kwargs)`, as `value_and_grad` of this module gives.
+      num_microbatches: m, a static int >= 1.
+      batch_argnums: which arguments carry examples along the leading axis of every leaf: 0 is the model,
+        and 1, the default, what follows it.
+      axis_name: inside `shard_map` or `pmap`: axes to average over, once, in the end; leave it out of `fn`.
+      independent_draws: with `axis_name`, whether each device folds its index into the key.
+
+    Returns:
+      A function with the arguments of `fn` that returns what `fn` does, averaged over the parts, and updates
+      the model in place.
+
+    Raises:
+      TypeError: as `nso_jax.parallel.microbatch`.
+      ValueError: as `nso_jax.parallel.microbatch`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import nso_jax.nnx
+      >>> model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+      >>> loss = lambda model, x, y: jnp.mean((model(x) - y) ** 2)
+      >>> fn = nso_jax.nnx.value_and_grad(loss, sigma=0.01)
+      >>> fn = nso_jax.nnx.microbatch(fn, 4, batch_argnums=(1, 2))
+      >>> value, grads = fn(jax.random.key(0), model, jnp.ones((32, 3)), jnp.ones((32, 1)))
+      >>> grads["kernel"].shape
+      (3, 1)
+    """
+    argnums = parallel.check_microbatch(fn, num_microbatches, batch_argnums)
+
+    def microbatched(key: jax.Array, /, *args: Any, **kwargs: Any) -> PyTree:
+        fixed, batch = parallel.select_batch(args, argnums)
+        arguments = (fixed, kwargs)
+        graphdef, variables, values = nnx.split(arguments, nnx.Variable, ...)
+
+        def evaluate(
+            key: jax.Array, examples: Any, others: Any, moved: list[Any]
+        ) -> tuple[PyTree, list[Any]]:
+            variables, values = others
+            copies = jax.tree.map(lambda x: x, nnx.merge_state(variables, _only(variables, moved)))
+            fixed, kwargs = nnx.merge(graphdef, copies, values)
+            out = fn(key, *parallel.join(fixed, examples), **kwargs)
+            return out, _moved(variables, nnx.split((fixed, kwargs), nnx.Variable, ...)[1])
+
+        key, others = as_key(key), (variables, values)
+        present = [variable for _, variable in nnx.to_flat_state(variables)]
+        still = [None] * len(present)
+        moving = jax.eval_shape(lambda: evaluate(key, batch, others, still)[1])
+        mean, moved = parallel.mean_over_parts(
+            evaluate,
+            key,
+            batch,
+            others,
+            [None if new is None else old for old, new in zip(present, moving, strict=True)],
+            count=num_microbatches,
+            axis_name=axis_name,
+            independent_draws=independent_draws,
+        )
+        nnx.update(arguments, _only(variables, moved))
+        return mean
+
+    return microbatched
 
 
 def _moved(before: nnx.State, after: nnx.State) -> list[Any]:
@@ -111,6 +189,13 @@ def _moved(before: nnx.State, after: nnx.State) -> list[Any]:
             f"fun: it may change the model's variables but not add or remove any: {', '.join(names)}."
         )
     return [None if _same_leaves(old[path], new[path]) else new[path] for path in old]
+
+
+def _only(state: nnx.State, moved: list[Any]) -> nnx.State:
+    """A state of those variables that are not None, under the paths that they have in `state`."""
+    paths = [path for path, _ in nnx.to_flat_state(state)]
+    flat = [(path, variable) for path, variable in zip(paths, moved, strict=True) if variable is not None]
+    return nnx.from_flat_state(flat)
 
 
 def _same_leaves(old: Any, new: Any) -> bool:

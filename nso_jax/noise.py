@@ -219,7 +219,13 @@ def relative(
 
 
 def perturbation(
-    key: jax.Array, params: PyTree, sigma: Sigma, *, sampler: Sampler = normal, mask: PyTree = None
+    key: jax.Array,
+    params: PyTree,
+    sigma: Sigma,
+    *,
+    sampler: Sampler = normal,
+    mask: PyTree = None,
+    specs: PyTree = None,
 ) -> PyTree:
     """One draw of noise for every leaf: U_l = sigma_l * sampler(key_l, shape_l).
 
@@ -234,6 +240,8 @@ def perturbation(
       sampler: `sampler(key, shape, dtype)` of unit variance.
       mask: which leaves get noise: bools, a prefix pytree of `params` or a function from it to one. The
         default, None, is all of them.
+      specs: inside `shard_map`: the partition specs of `params`, a prefix pytree; each shard of a leaf then
+        gets its own noise. The default, None, is for leaves that are whole.
 
     Returns:
       A pytree like `params`, in float32 (float64 for float64 leaves), with None where `mask` is False.
@@ -255,14 +263,15 @@ def perturbation(
     check_inexact(params)
     deviations = broadcast_prefix("sigma", sigma, params)
     flags = leaf_mask(mask, params)
+    splits = broadcast_prefix("specs", jax.P() if specs is None else specs, params)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
     if not leaves:
         return params
     paths = [jax.tree_util.keystr(path) for path, _ in leaves]
     draws = [
-        _scaled_draw(leaf_key, leaf, deviation, sampler, path) if flag else None
-        for leaf_key, (_, leaf), deviation, flag, path in zip(
-            _leaf_keys(key, paths), leaves, deviations, flags, paths, strict=True
+        _scaled_draw(_shard_key(leaf_key, spec), leaf, deviation, sampler, path) if flag else None
+        for leaf_key, spec, (_, leaf), deviation, flag, path in zip(
+            _leaf_keys(key, paths), splits, leaves, deviations, flags, paths, strict=True
         )
     ]
     return jax.tree.unflatten(treedef, draws)
@@ -329,6 +338,17 @@ def _leaf_keys(key: jax.Array, paths: list[str]) -> jax.Array:
     words = np.frombuffer(digests, "<u4").reshape(len(paths), 2).astype(np.uint32)
     fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
     return jax.vmap(jax.random.fold_in)(fold(key, words[:, 0]), words[:, 1])
+
+
+def _shard_key(key: jax.Array, spec: jax.P) -> jax.Array:
+    axes = axes_of(spec)
+    return jax.random.fold_in(key, jax.lax.axis_index(axes)) if axes else key
+
+
+def axes_of(spec: jax.P) -> tuple[str, ...]:
+    """The mesh axes that a partition spec names."""
+    entries = [entry for entry in spec if entry is not None]
+    return tuple(axis for entry in entries for axis in (entry if isinstance(entry, tuple) else (entry,)))
 
 
 def _scaled_draw(key: jax.Array, leaf: Any, sigma: Any, sampler: Sampler, path: str) -> jax.Array:

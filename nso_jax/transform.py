@@ -37,6 +37,7 @@ def noise_stability(
     chunk_size: int | None = None,
     axis_name: AxisName | None = None,
     independent_draws: bool = True,
+    param_specs: PyTree = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Replaces the gradient by its average over k antithetic weight perturbations.
 
@@ -74,6 +75,8 @@ def noise_stability(
       chunk_size: draws evaluated at once; see `nso_jax.value_and_grad`.
       axis_name: inside `shard_map` or `pmap` over that axis: average over it at the end.
       independent_draws: with `axis_name`, whether each device draws for itself.
+      param_specs: inside `shard_map` with `check_vma=False`, how further axes split the params; see
+        `nso_jax.value_and_grad`.
 
     Returns:
       A transformation whose state is a `NoiseStabilityState`.
@@ -105,6 +108,7 @@ def noise_stability(
         "chunk_size": chunk_size,
         "axis_name": axis_name,
         "independent_draws": independent_draws,
+        "param_specs": param_specs,
     }
     check_options(**options)
     scheduled = is_function(sigma) and not isinstance(sigma, noise.Relative)
