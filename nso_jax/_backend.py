@@ -27,13 +27,14 @@ def loop(
 ) -> tuple[PyTree, PyTree]:
     """`carry, out = step(carry, i)` for i = 0, ..., count - 1: the last carry, and every `out`, stacked.
 
-    A compiled loop, but unrolled on CPU: XLA:CPU runs a convolution inside a loop body some 34 times slower
-    than outside. A sum may start from None, if `step(None, 0)` begins it.
+    A compiled loop, but unrolled on CPU, where XLA runs a convolution inside a loop body some 34 times slower
+    than outside. Then each `i` is known only after the carry, so that the steps still follow one another. A
+    sum may start from None, if `step(None, 0)` begins it.
     """
     if on_cpu() or count == 1:
         outs = []
         for i in range(count):
-            carry, out = step(carry, i)
+            carry, out = step(carry, i + zero_once_computed(carry) if i else 0)
             outs.append(out)
         return carry, jax.tree.map(lambda *xs: jnp.stack(xs), *outs)
     if carry is None:
@@ -41,12 +42,15 @@ def loop(
     return jax.lax.scan(step, carry, jnp.arange(count, dtype=jnp.int32))
 
 
-def zero_once_computed(tree: PyTree) -> jax.Array:
+def zero_once_computed(tree: PyTree) -> Any:
     """The int32 zero, but known only after `tree` is: what uses it waits, so that memory does not add up."""
-    if not on_cpu() or jax.device_count() > 1:  # an entry of a sharded leaf would have to be communicated
-        return jax.lax.optimization_barrier((tree, jnp.int32(0)))[1]
+    leaves = [x for x in jax.tree.leaves(tree) if x.size]
+    if not on_cpu():
+        return jax.lax.optimization_barrier((leaves, jnp.int32(0)))[1]
+    if jax.device_count() > 1:  # an entry of a sharded leaf would have to be communicated
+        return 0
     # XLA:CPU drops barriers before it schedules. No number is above infinity, but XLA does not know.
-    entries = [jnp.real(x[(0,) * x.ndim]).astype(jnp.float32) for x in jax.tree.leaves(tree) if x.size]
+    entries = [jnp.real(x[(0,) * x.ndim]).astype(jnp.float32) for x in leaves]
     return (sum(entries, start=jnp.float32(0)) > math.inf).astype(jnp.int32)
 
 

@@ -211,7 +211,8 @@ def mean_over_draws(
     Returns:
       `averaged`, its mean, and `kept`, with the evaluations stacked along a new leading axis.
     """
-    specs = _varying_specs(params, key, _as_tuple(axis_name)) if param_specs is None else param_specs
+    axes = _other_axes(key, axis_name)
+    specs = _varying_specs(params, axes) if param_specs is None else param_specs
     params, key = localize(params, key, axis_name, independent_draws=independent_draws)
     keys = jax.random.split(key, num_samples)
     signs = (1, -1) if antithetic else (1,)
@@ -225,13 +226,11 @@ def mean_over_draws(
 
     def add_chunk(total: PyTree, first: Any, size: int) -> tuple[PyTree, PyTree]:
         """`total` plus the sum over draws first, ..., first + size - 1; what is kept of each, in order."""
-        late = 0 if total is None else _backend.zero_once_computed(total)
-        u = _over_draws(draw, size)(jax.lax.dynamic_slice_in_dim(keys, first + late, size))
+        u = _over_draws(draw, size)(jax.lax.dynamic_slice_in_dim(keys, first, size))
         draws = first + jnp.arange(size, dtype=jnp.int32)
         kept = []
         for side, sign in enumerate(signs):
-            if side:
-                late = _backend.zero_once_computed(total)
+            late = _backend.zero_once_computed(_shared(total, axes)) if side else 0
             sided = _over_draws(lambda u, i, sign=sign + late: evaluate_at(u, i, sign), size)
             averaged, of_side = sided(u, len(signs) * draws + side)
             sums = jax.tree.map(lambda x: jnp.sum(noise.widen(x), axis=0), averaged)
@@ -358,12 +357,21 @@ def _varies(x: Any, axis: Hashable) -> bool:
     return False
 
 
-def _varying_specs(params: PyTree, key: jax.Array, averaged: tuple[Hashable, ...]) -> PyTree:
-    """The axes of `shard_map` that split each leaf, but not the key, as a partition spec."""
+def _other_axes(key: jax.Array, axis_name: AxisName | None) -> list[Hashable]:
+    """The axes of `shard_map` along which the key is the same, but those that are averaged over."""
     manual = jax.sharding.get_abstract_mesh().manual_axes
     data = jax.random.key_data(key)
-    axes = [axis for axis in manual if axis not in averaged and not _varies(data, axis)]
+    return [axis for axis in manual if axis not in _as_tuple(axis_name) and not _varies(data, axis)]
+
+
+def _varying_specs(params: PyTree, axes: list[Hashable]) -> PyTree:
+    """How the axes split the params, as partition specs; their order in a leaf does not matter here."""
     return jax.tree.map(lambda x: jax.P(tuple(axis for axis in axes if _varies(x, axis))), params)
+
+
+def _shared(tree: PyTree, axes: list[Hashable]) -> list[Any]:
+    """The leaves that the axes do not split: what waits for others would differ along them itself."""
+    return [x for x in jax.tree.leaves(tree) if not any(_varies(x, axis) for axis in axes)]
 
 
 def _as_tuple(axis_name: AxisName | None) -> tuple[Hashable, ...]:

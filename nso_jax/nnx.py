@@ -149,7 +149,7 @@ def microbatch(
     def microbatched(key: jax.Array, /, *args: Any, **kwargs: Any) -> PyTree:
         fixed, batch = parallel.select_batch(args, argnums)
         arguments = (fixed, kwargs)
-        graphdef, variables, values = nnx.split(arguments, nnx.Variable, ...)
+        graphdef, variables, values = nnx.split(arguments, nnx.Variable, ...)  # type: ignore[misc]  # flax types it so
 
         def evaluate(
             key: jax.Array, examples: Any, others: Any, moved: list[Any]

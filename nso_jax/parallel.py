@@ -144,7 +144,7 @@ def value_and_grad(
     """
     axes = _mesh_axes(mesh, axis_name)
     num_devices = math.prod(mesh.shape[axis] for axis in axes)
-    argnums = as_argnums(batch_argnums)
+    argnums = _as_argnums(batch_argnums)
     local = microbatch(
         gradients.value_and_grad(fun, sigma=sigma, **options),
         num_microbatches,
@@ -156,16 +156,19 @@ def value_and_grad(
     def value_and_grad_fn(key: jax.Array, /, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
         key = as_key(key)
         fixed, batch = select_batch(args, argnums)
-        check_divides(num_devices * num_microbatches, "devices times microbatches", batch)
+        divisor = f"{num_devices} devices" + (
+            f" times {num_microbatches} microbatches" if num_microbatches > 1 else ""
+        )
+        _check_divides(num_devices * num_microbatches, divisor, batch)
         inputs, specs = (fixed, kwargs, batch), (jax.P(), jax.P(), jax.P(axes))
         leaves, treedef = jax.tree.flatten(inputs)
         of_leaves = broadcast_prefix("in_specs", specs, inputs)
         arrays = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array | np.ndarray)]
 
         def on_device(key: jax.Array, *local_arrays: jax.Array) -> PyTree:
-            for i, array in zip(arrays, local_arrays, strict=True):
-                leaves[i] = array
-            fixed, kwargs, batch = jax.tree.unflatten(treedef, leaves)
+            present = dict(zip(arrays, local_arrays, strict=True))
+            filled = [present.get(i, leaf) for i, leaf in enumerate(leaves)]
+            fixed, kwargs, batch = jax.tree.unflatten(treedef, filled)
             out = local(key, *join(fixed, batch), **kwargs)
             return jax.tree.map(functools.partial(_from_first, axis_name=axes), out)
 
@@ -198,7 +201,7 @@ def mean_over_parts(
 
     Leaves of `out` that are not inexact are those of the first part.
     """
-    check_divides(count, "microbatches", batch)
+    _check_divides(count, f"{count} microbatches", batch)
     (batch, others, state), key = gradients.localize(
         (batch, others, state), key, axis_name, independent_draws=independent_draws
     )
@@ -215,7 +218,6 @@ def mean_over_parts(
 
     def add(carry: tuple[list[jax.Array], PyTree], i: Any) -> Any:
         total, state = carry
-        i += _backend.zero_once_computed(total)
         out, state = evaluate(keys[i], part(i), others, state)
         means, firsts = _split_inexact(jax.tree.leaves(out))
         total = [so_far + noise.widen(x) for so_far, x in zip(total, means, strict=True)]
@@ -238,10 +240,10 @@ def check_microbatch(fn: Any, num_microbatches: Any, batch_argnums: int | Sequen
     if not callable(fn):
         raise TypeError(f"fn: expected a function fn(key, *args), got {describe(fn)}.")
     check_count("num_microbatches", num_microbatches)
-    return as_argnums(batch_argnums)
+    return _as_argnums(batch_argnums)
 
 
-def as_argnums(batch_argnums: int | Sequence[int]) -> tuple[int, ...]:
+def _as_argnums(batch_argnums: int | Sequence[int]) -> tuple[int, ...]:
     """One or several argument numbers as a tuple."""
     several = batch_argnums if isinstance(batch_argnums, Sequence) else (batch_argnums,)
     return tuple(map(operator.index, several))
@@ -261,7 +263,7 @@ def join(fixed: list[Any], batch: Batch) -> list[Any]:
     return [batch.get(i, arg) for i, arg in enumerate(fixed)]
 
 
-def check_divides(count: int, of_what: str, batch: Batch) -> None:
+def _check_divides(count: int, of_what: str, batch: Batch) -> None:
     """Raises unless all leaves of the batch have one length, a multiple of `count`."""
     sizes = {}
     for path, leaf in jax.tree.leaves_with_path(batch):
@@ -278,7 +280,7 @@ def check_divides(count: int, of_what: str, batch: Batch) -> None:
     for where, size in sizes.items():
         if size % count:
             raise ValueError(
-                f"batch_argnums: {where} has {size} examples, which {count} {of_what} do not divide; drop "
+                f"batch_argnums: {where} has {size} examples, which {of_what} do not divide; drop "
                 f"the last {size % count} or add {count - size % count}."
             )
 

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from benchmarks import __main__ as cli
-from benchmarks import data, demo, files, measuring, methods, table
+from benchmarks import data, demo, files, measuring, methods, report, table
 
 ROOT = Path(__file__).parents[2]
 FILES = {"results.json", "table.md", "training.png", "surface.png"}
@@ -220,7 +220,7 @@ def test_table_shows_mean_and_standard_deviation():
 
 def test_table_fits_into_80_columns(results, capsys):
     runs = [run | {"seconds": 10.0 + run["seed"]} for run in results["runs"]]
-    demo._print_table(Console(width=80), results | {"runs": runs})
+    report.print_table(Console(width=80), table, results | {"runs": runs})
     shown = capsys.readouterr().out
     for row in table.rows(results | {"runs": runs}):
         for cell in row:
