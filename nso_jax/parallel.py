@@ -160,15 +160,15 @@ def value_and_grad(
             f" times {num_microbatches} microbatches" if num_microbatches > 1 else ""
         )
         _check_divides(num_devices * num_microbatches, divisor, batch)
-        inputs, specs = (fixed, kwargs, batch), (jax.P(), jax.P(), jax.P(axes))
-        leaves, treedef = jax.tree.flatten(inputs)
-        of_leaves = broadcast_prefix("in_specs", specs, inputs)
-        arrays = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array | np.ndarray)]
+        of_leaves = broadcast_prefix("batch", (jax.P(), jax.P(), jax.P(axes)), (fixed, kwargs, batch))
+        leaves, treedef = jax.tree.flatten((fixed, kwargs, batch))
+        arrays = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array | np.ndarray)}
+        specs = {i: of_leaves[i] for i in arrays}
 
-        def on_device(key: jax.Array, *local_arrays: jax.Array) -> PyTree:
-            present = dict(zip(arrays, local_arrays, strict=True))
-            filled = [present.get(i, leaf) for i, leaf in enumerate(leaves)]
-            fixed, kwargs, batch = jax.tree.unflatten(treedef, filled)
+        def on_device(key: jax.Array, arrays: dict[int, jax.Array]) -> PyTree:
+            # Python values among the arguments stay what they are.
+            present = [arrays.get(i, leaf) for i, leaf in enumerate(leaves)]
+            fixed, kwargs, batch = jax.tree.unflatten(treedef, present)
             out = local(key, *join(fixed, batch), **kwargs)
             return jax.tree.map(functools.partial(_from_first, axis_name=axes), out)
 
@@ -176,12 +176,12 @@ def value_and_grad(
             on_device,
             mesh=mesh,
             axis_names=set(axes),
-            in_specs=(jax.P(), *[of_leaves[i] for i in arrays]),
+            in_specs=(jax.P(), specs),
             out_specs=jax.P(),
             check_vma=False,  # else a loss that scans from zeros, the same on all devices, would fail
         )
         # Outside a jit, shard_map over some of the axes only does not work without check_vma.
-        return jax.jit(mapped)(key, *[leaves[i] for i in arrays])
+        return jax.jit(mapped)(key, _resharded(arrays, mesh, axes, specs))
 
     return value_and_grad_fn
 
@@ -283,6 +283,13 @@ def _check_divides(count: int, of_what: str, batch: Batch) -> None:
                 f"batch_argnums: {where} has {size} examples, which {of_what} do not divide; drop "
                 f"the last {size % count} or add {count - size % count}."
             )
+
+
+def _resharded(tree: PyTree, mesh: Any, axes: tuple[Any, ...], specs: PyTree) -> PyTree:
+    """The arrays where a `shard_map` over all axes expects them; with explicit axes it does not move them."""
+    if set(axes) != set(mesh.axis_names) or jax.sharding.AxisType.Explicit not in mesh.axis_types:
+        return tree
+    return jax.tree.map(lambda x, spec: jax.reshard(x, jax.NamedSharding(mesh, spec)), tree, specs)
 
 
 def _split_inexact(leaves: list[Any]) -> tuple[list[Any], list[Any]]:

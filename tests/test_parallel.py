@@ -245,6 +245,19 @@ def test_over_two_axes_of_the_mesh(key):
     chex.assert_trees_all_close(two, one, rtol=2e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("sizes", [(8,), (4, 2)])
+def test_explicit_meshes(key, sizes):
+    """The axes that jax.make_mesh makes by default."""
+    explicit = (jax.sharding.AxisType.Explicit,) * len(sizes)
+    mesh = jax.make_mesh(sizes, ("data", "model")[: len(sizes)], axis_types=explicit)
+    params, batch = make_params(), make_batch()
+    expected = on_mesh(mesh_of(*sizes))(key, params, batch)
+    sharded = jax.device_put(batch, jax.NamedSharding(mesh, P("data")))
+    for x in (batch, sharded):
+        for fn in (on_mesh(mesh), jax.jit(on_mesh(mesh))):
+            chex.assert_trees_all_close(fn(key, params, x), expected, rtol=2e-5, atol=1e-6)
+
+
 def test_static_arguments_stay_python_values(key):
     def flagged(params, batch, train, names):
         assert train is True
