@@ -147,7 +147,7 @@ def microbatch(
     argnums = parallel.check_microbatch(fn, num_microbatches, batch_argnums)
 
     def microbatched(key: jax.Array, /, *args: Any, **kwargs: Any) -> PyTree:
-        fixed, batch = parallel.select_batch(args, argnums)
+        fixed, batch = parallel.select_batch(args, argnums, num_microbatches)
         arguments = (fixed, kwargs)
         graphdef, variables, values = nnx.split(arguments, nnx.Variable, ...)  # type: ignore[misc]  # flax types it so
 

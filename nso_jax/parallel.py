@@ -76,7 +76,7 @@ def microbatch(
             fixed, kwargs = others
             return fn(key, *join(fixed, examples), **kwargs), state
 
-        fixed, batch = select_batch(args, argnums)
+        fixed, batch = select_batch(args, argnums, num_microbatches)
         mean, _ = mean_over_parts(
             evaluate,
             as_key(key),
@@ -155,11 +155,7 @@ def value_and_grad(
 
     def value_and_grad_fn(key: jax.Array, /, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
         key = as_key(key)
-        fixed, batch = select_batch(args, argnums)
-        divisor = f"{num_devices} devices" + (
-            f" times {num_microbatches} microbatches" if num_microbatches > 1 else ""
-        )
-        _check_divides(num_devices * num_microbatches, divisor, batch)
+        fixed, batch = select_batch(args, argnums, num_microbatches, num_devices)
         of_leaves = broadcast_prefix("batch", (jax.P(), jax.P(), jax.P(axes)), (fixed, kwargs, batch))
         leaves, treedef = jax.tree.flatten((fixed, kwargs, batch))
         arrays = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array | np.ndarray)}
@@ -201,7 +197,6 @@ def mean_over_parts(
 
     Leaves of `out` that are not inexact are those of the first part.
     """
-    _check_divides(count, f"{count} microbatches", batch)
     (batch, others, state), key = gradients.localize(
         (batch, others, state), key, axis_name, independent_draws=independent_draws
     )
@@ -249,12 +244,20 @@ def _as_argnums(batch_argnums: int | Sequence[int]) -> tuple[int, ...]:
     return tuple(map(operator.index, several))
 
 
-def select_batch(args: tuple[Any, ...], argnums: tuple[int, ...]) -> tuple[list[Any], Batch]:
-    """The arguments with None for those of the batch, and these by their numbers."""
+def select_batch(
+    args: tuple[Any, ...], argnums: tuple[int, ...], num_microbatches: int, num_devices: int = 1
+) -> tuple[list[Any], Batch]:
+    """The arguments with None for those of the batch, and these, checked, by their numbers."""
     for i in argnums:
         if not -len(args) <= i < len(args):
             raise TypeError(f"batch_argnums: {i} is out of range, got {len(args)} arguments after the key.")
     batch = {i % len(args): args[i] for i in argnums}
+    counts = {"microbatches": num_microbatches, "devices": num_devices}
+    _check_divides(
+        num_microbatches * num_devices,
+        " times ".join(f"{count} {name}" for name, count in counts.items() if count > 1),
+        batch,
+    )
     return [None if i in batch else arg for i, arg in enumerate(args)], batch
 
 

@@ -246,9 +246,58 @@ def test_axis_name_averages_gradients_and_statistics_over_devices(key, model):
     chex.assert_trees_all_close(result, mean(local), rtol=1e-4, atol=1e-6)
 
 
+def in_parts(fn, key, model, x, y):
+    """What `nso_jax.nnx.microbatch(fn, 4, ...)` should do, one part after another."""
+    keys = jax.random.split(key, 4)
+    return mean([fn(k, model, x[i::4], y[i::4]) for i, k in enumerate(keys)])
+
+
+@pytest.mark.parametrize("looped", [False, True])
+def test_microbatches_follow_one_another(key, model, monkeypatch, looped):
+    if looped:
+        monkeypatch.setattr(_backend, "on_cpu", lambda: False)
+    x, y = data(key)
+    reference = nnx.clone(model)
+    fn = nso_jax.nnx.value_and_grad(loss, sigma=SIGMA)
+    value, grads = in_parts(fn, key, reference, x, y)
+    before = arrays(nnx.state(nnx.clone(model), nnx.Param))
+    microbatched = nnx.jit(nso_jax.nnx.microbatch(fn, 4, batch_argnums=(1, 2)))
+    result = microbatched(key, model, x, y)
+    chex.assert_trees_all_close((result[0], arrays(result[1])), (value, arrays(grads)), rtol=2e-5, atol=1e-6)
+    chex.assert_trees_all_close(statistics(model), statistics(reference), rtol=1e-5, atol=1e-6)
+    assert counts(model) == counts(reference)
+    assert counts(model)[0] == 4  # new dropout masks in each part
+    chex.assert_trees_all_equal(arrays(nnx.state(model, nnx.Param)), before)
+
+
+def test_microbatches_on_devices(key, model):
+    model.dropout.deterministic = True
+    graphdef, state = nnx.split(model)
+    mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2], axis_types=(jax.sharding.AxisType.Auto,))
+    fn = nso_jax.nnx.value_and_grad(loss, sigma=SIGMA)
+    microbatched = nso_jax.nnx.microbatch(fn, 4, batch_argnums=(1, 2), axis_name="data")
+
+    def step(state, key, x, y):
+        model = nnx.merge(graphdef, state)
+        value, grads = microbatched(key, model, x, y)
+        return value, arrays(grads), arrays(nnx.state(model, nnx.BatchStat))
+
+    x, y = (jnp.concatenate([part, part[::-1]]) for part in data(key))
+    specs = {"in_specs": (jax.P(), jax.P(), jax.P("data"), jax.P("data")), "out_specs": jax.P()}
+    result = jax.jit(jax.shard_map(step, mesh=mesh, **specs))(state, key, x, y)
+    local = []
+    for i in range(2):
+        copy, device_key = nnx.clone(model), jax.random.fold_in(key, i)
+        value, grads = in_parts(fn, device_key, copy, x[8 * i : 8 * i + 8], y[8 * i : 8 * i + 8])
+        local.append((value, arrays(grads), statistics(copy)))
+    chex.assert_trees_all_close(result, mean(local), rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
+        (lambda k, m: nso_jax.nnx.microbatch(loss, 0), ValueError, "num_microbatches: .* got 0"),
+        (lambda k, m: nso_jax.nnx.microbatch(loss, 3)(k, m, *data(k)), ValueError, r"args\[1\] has 8 examples, which 3 microbatches do not"),
         (lambda k, m: nso_jax.nnx.value_and_grad(loss, sigma=SIGMA, argnums=0), TypeError, "argnums: the model is"),
         (lambda k, m: nso_jax.nnx.value_and_grad(loss, sigma=SIGMA, num_samples=0), ValueError, "num_samples: .* got 0"),
         (lambda k, m: nso_jax.nnx.value_and_grad(loss, sigma=SIGMA, aux="last"), ValueError, "aux: .* got 'last'"),

@@ -470,7 +470,7 @@ def meshed(**options):
         (lambda _: meshed(axis_name="batch"), ValueError, r"axis_name: 'batch' is none of the mesh's axes \('data', 'model'\)"),
         (lambda _: meshed(num_samples=0), ValueError, "num_samples: expected an int >= 1, got 0"),
         (lambda k: meshed()(k, W, X), ValueError, "10 examples, which 4 devices do not divide; drop the last 2 or add 2"),
-        (lambda k: meshed(num_microbatches=2)(k, W, X), ValueError, "10 examples, which 4 devices times 2 microbatches do not divide"),
+        (lambda k: meshed(num_microbatches=2)(k, W, X), ValueError, "10 examples, which 2 microbatches times 4 devices do not divide"),
         (lambda _: nso_jax.value_and_grad(linear, sigma=SIGMA, param_specs={"w": 3}), TypeError, r"param_specs: expected partition specs, got 3"),
         (lambda _: nso_jax.value_and_grad(linear, sigma=SIGMA, axis_name="data", param_specs=P("data")), ValueError, "param_specs: .* splits params over axis_name='data'"),
     ],
