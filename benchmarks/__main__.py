@@ -5,19 +5,38 @@ Everything but the standard library is imported late, so that a missing package 
 
 import _thread
 import argparse
+import importlib
 import json
-import math
 import os
 import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
-from benchmarks import table
+from benchmarks import arguments, table
 from benchmarks.files import UserError, output_folder, read_file, write_files
 
+
+class Benchmark(NamedTuple):
+    """A command of the module that has its name.
+
+    Attributes:
+        help: What it measures.
+        devices: How many devices a CPU is to be split into; None leaves that to the user.
+    """
+
+    help: str
+    devices: int | None = None
+
+
 METHODS = ("sgd", "sam", "wp-sgd", "nso")
+BENCHMARKS = {
+    "step-cost": Benchmark("times of whole training steps, beside plain ones, SAM and PyTorch"),
+    "memory": Benchmark("memory that the averaged gradient takes beyond a plain one"),
+    "communication": Benchmark("bytes that devices exchange in a training step", devices=8),
+    "variance": Benchmark("variance of the averaged gradient, at equal cost", devices=8),
+}
 RESULTS = Path(__file__).parent / "results"
 PUBLISHED = {
     "results.json": "demo.json",
@@ -27,20 +46,22 @@ PUBLISHED = {
 README = Path(__file__).parent.parent / "README.md"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(words: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Args:
-        arguments: Those of the command line, by default.
+        words: Those of the command line, by default.
 
     Returns:
         The exit code: 0, 2 after a mistake of the user's, 130 after Ctrl-C.
     """
-    options = _parser().parse_args(arguments)
+    words = sys.argv[1:] if words is None else words
+    command = words[0] if words else ""
     try:
+        options = _parser(command).parse_args(words)
         options.run(options)
     except UserError as error:
-        print(f"python -m benchmarks {options.command}: {error}", file=sys.stderr)
+        print(f"python -m benchmarks {command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -59,6 +80,26 @@ def _demo(options: argparse.Namespace) -> None:
         files = demo.demo(settings)
         write_files({options.out / name: content for name, content in files.items()})
     print(f"{options.out}: {', '.join(files)}")
+
+
+def _benchmark(options: argparse.Namespace) -> None:
+    with output_folder(options.out):
+        from benchmarks import report  # noqa: PLC0415
+
+        files = report.measure(options.module, options.command, options)
+        write_files({options.out / name: content for name, content in files.items()})
+    print(f"{options.out}: {', '.join(files)}")
+
+
+def _load(name: str) -> Any:
+    """A benchmark's module, imported with as many devices as it needs: JAX reads the flag only once."""
+    flag, flags = "--xla_force_host_platform_device_count", os.environ.get("XLA_FLAGS", "")
+    if (devices := BENCHMARKS[name].devices) and flag not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {flag}={devices}".strip()
+    try:
+        return importlib.import_module(f"benchmarks.{name.replace('-', '_')}")
+    except ImportError as error:
+        raise _missing_package(error) from error
 
 
 def _publish(options: argparse.Namespace) -> None:
@@ -89,7 +130,8 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(command: str) -> argparse.ArgumentParser:
+    """The parser; of the benchmarks only the one that is called is imported, for its options."""
     parser = _Parser(prog="python -m benchmarks", description="What nso_jax claims, reproducible.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     defaults = argparse.ArgumentDefaultsHelpFormatter
@@ -98,18 +140,26 @@ def _parser() -> argparse.ArgumentParser:
         "demo", help="four methods on small digits, in minutes", formatter_class=defaults
     )
     demo.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="what to compare")
-    demo.add_argument("--seeds", type=_count, default=5, help="trainings of each method")
+    demo.add_argument("--seeds", type=arguments.count, default=5, help="trainings of each method")
     demo.add_argument(
         "--steps",
-        type=_count,
+        type=arguments.count,
         default=1200,
         help="steps of two gradient evaluations (sgd: twice as many of one)",
     )
     demo.add_argument(
-        "--wrong-labels", type=_share, default=0.2, help="share of the training labels made wrong"
+        "--wrong-labels", type=arguments.share, default=0.2, help="share of the training labels made wrong"
     )
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="output folder")
     demo.set_defaults(run=_demo)
+
+    for name, benchmark in BENCHMARKS.items():
+        measure = commands.add_parser(name, help=benchmark.help, formatter_class=defaults)
+        if name == command:
+            module = _load(name)
+            module.add_options(measure)
+            measure.set_defaults(run=_benchmark, module=module)
+        measure.add_argument("--out", type=Path, default=RESULTS, help="output folder")
 
     publish = commands.add_parser(
         "publish", help="copies a demo's output to benchmarks/results and README.md"
@@ -122,22 +172,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     readme.set_defaults(run=_readme)
     return parser
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
-
-
-def _share(text: str) -> float:
-    try:
-        share = float(text)
-    except ValueError:
-        share = math.nan
-    if not 0 <= share <= 1:
-        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text!r}")
-    return share
 
 
 def _interrupt_again(lost: Any) -> None:

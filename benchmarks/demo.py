@@ -2,23 +2,17 @@
 
 import dataclasses
 import functools
-import importlib.metadata
 import json
-import os
-import platform
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 from flax import nnx
-from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import Progress, TaskID
 
-import nso_jax
-from benchmarks import data, measuring, methods, plots, table
+from benchmarks import data, measuring, methods, plots, report, table
 from benchmarks.methods import METHODS, Method
 from benchmarks.models import ConvNet
 
@@ -72,7 +66,7 @@ def demo(settings: Settings) -> dict[str, str | bytes]:
         The content of each file to write.
     """
     console = Console()
-    with _progress(console) as progress:
+    with report.progress(console, "gradients") as progress:
         text = table.to_json(run(settings, progress))
         # Read back, so that the table and the pictures show exactly what the file says.
         results = json.loads(text)
@@ -82,7 +76,7 @@ def demo(settings: Settings) -> dict[str, str | bytes]:
             "training.png": plots.training(results),
             "surface.png": plots.surface(results),
         }
-    _print_table(console, results)
+    report.print_table(console, table, results)
     return files
 
 
@@ -206,12 +200,8 @@ def _points(num_steps: int, count: int) -> list[int]:
 
 def _describe(settings: Settings) -> dict[str, Any]:
     """What somebody needs to know to repeat the run."""
-    packages = ("jax", "jaxlib", "flax", "optax")
-    versions = {name: importlib.metadata.version(name) for name in packages}
     chosen = {name: METHODS[name] for name in settings.methods}
-    return {
-        "versions": {"python": platform.python_version(), **versions, "nso_jax": nso_jax.__version__},
-        "machine": {"device": jax.devices()[0].device_kind, "cpu_count": os.cpu_count()},
+    return report.environment() | {
         "settings": {
             **dataclasses.asdict(settings),
             "num_test": data.NUM_TEST,
@@ -226,23 +216,6 @@ def _describe(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _progress(console: Console) -> Progress:
-    columns = (TextColumn("{task.description:15}"), BarColumn(), MofNCompleteColumn())
-    left = (TextColumn("gradients,"), TimeRemainingColumn(), TextColumn("left"))
-    # Speeds are averaged over minutes, because measuring interrupts the training every few seconds.
-    return Progress(*columns, *left, console=console, transient=True, speed_estimate_period=300)
-
-
 def _advance(progress: Progress, tasks: Iterable[TaskID], count: int) -> None:
     for task in tasks:
         progress.advance(task, count)
-
-
-def _print_table(console: Console, results: dict[str, Any]) -> None:
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for header in table.HEADERS:
-        # One word a line: then the table fits into 80 columns.
-        shown.add_column(header.replace(" ", "\n"), justify="right", no_wrap=True, vertical="bottom")
-    for row in table.rows(results):
-        shown.add_row(*row)
-    console.print(shown, table.caption(results), sep="\n", highlight=False)

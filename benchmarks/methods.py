@@ -83,7 +83,8 @@ def _noise(*, antithetic: bool, num_samples: int) -> Callable[[float], Update]:
     return with_sigma
 
 
-def _wrap_sam(optimizer: optax.GradientTransformation, rho: float) -> optax.GradientTransformation:
+def wrap_sam(optimizer: optax.GradientTransformation, rho: float) -> optax.GradientTransformation:
+    """SAM around an optimizer: it takes the gradient at distance rho up the slope, from its `grad_fn`."""
     ascent = optax.chain(optax.contrib.normalize(), optax.sgd(rho))
     return optax.contrib.sam(optimizer, ascent, opaque_mode=True)
 
@@ -94,7 +95,7 @@ def _wrap_sam(optimizer: optax.GradientTransformation, rho: float) -> optax.Grad
 # .02, .05, .1, .2, .5, though not beyond a value with which nothing was learnt.
 METHODS = {
     "sgd": Method(_sgd, gradients_per_step=1, learning_rate=0.1, strength=0.0),
-    "sam": Method(_sam, gradients_per_step=2, learning_rate=0.05, strength=0.2, wrap=_wrap_sam),
+    "sam": Method(_sam, gradients_per_step=2, learning_rate=0.05, strength=0.2, wrap=wrap_sam),
     "wp-sgd": Method(
         _noise(antithetic=False, num_samples=2), gradients_per_step=2, learning_rate=0.05, strength=0.1
     ),

@@ -32,7 +32,7 @@ def training(results: dict[str, Any]) -> bytes:
     trace.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     trace.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     trace.yaxis.set_minor_formatter(NullFormatter())
-    return _finish(figure, accuracy)
+    return finish(figure, accuracy)
 
 
 def surface(results: dict[str, Any]) -> bytes:
@@ -51,7 +51,7 @@ def surface(results: dict[str, Any]) -> bytes:
             _band(panel, name, results["settings"]["slice_distances"][direction], losses)
         panel.set(title=title, xlabel=xlabel)
     panels[0].set(ylabel="cross-entropy", ylim=(0, None))
-    return _finish(figure, panels[0])
+    return finish(figure, panels[0])
 
 
 def _band(axes: Axes, name: str, x: list[float], values: list[list[float]], *, log: bool = False) -> None:
@@ -65,7 +65,8 @@ def _band(axes: Axes, name: str, x: list[float], values: list[list[float]], *, l
     axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
-def _finish(figure: Figure, labelled: Axes) -> bytes:
+def finish(figure: Figure, labelled: Axes) -> bytes:
+    """The picture as PNG, in the style of all: light axes, and the legend of one of them below."""
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)

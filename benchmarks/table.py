@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.files import UserError
 
-HEADERS = (
+HEADERS: tuple[str, ...] = (
     "method",
     "test accuracy (%)",
     "loss gap",
@@ -68,7 +68,7 @@ def replace_in(readme: str, results: dict[str, Any]) -> str:
 def to_json(results: dict[str, Any]) -> str:
     """The figures as JSON, one line for each training."""
     head = {key: value for key, value in results.items() if key != "runs"}
-    runs = ",\n".join(json.dumps(_rounded(run)) for run in results["runs"])
+    runs = ",\n".join(json.dumps(rounded(run)) for run in results["runs"])
     return f'{json.dumps(head, indent=1)[:-2]},\n "runs": [\n{runs}\n ]\n}}\n'
 
 
@@ -83,7 +83,7 @@ def _row(name: str, runs: list[dict[str, Any]]) -> list[str]:
         _spread([100 * value for value in column("test_accuracy")]),
         _spread(column("loss_gap")),
         _spread(column("trace")),
-        _number(math.sqrt(statistics.mean(error**2 for error in column("trace_standard_error")))),
+        number(math.sqrt(statistics.mean(error**2 for error in column("trace_standard_error")))),
         _spread(column("largest_eigenvalue")),
         _spread(column("seconds"), digits=2),
     ]
@@ -93,13 +93,14 @@ def _spread(values: list[float], digits: int = 3) -> str:
     """Mean ± standard deviation: two significant digits of the deviation, at most `digits` of the mean."""
     mean = statistics.mean(values)
     if len(values) == 1:
-        return _number(mean, digits)
+        return number(mean, digits)
     deviation = statistics.stdev(values)
     decimals = min(_decimals(mean, digits), _decimals(deviation, digits=2))
     return f"{mean:.{decimals}f} ± {deviation:.{decimals}f}"
 
 
-def _number(value: float, digits: int = 3) -> str:
+def number(value: float, digits: int = 3) -> str:
+    """A number with so many significant digits, but three decimals at most."""
     return f"{value:.{_decimals(value, digits)}f}"
 
 
@@ -108,10 +109,10 @@ def _decimals(value: float, digits: int) -> int:
     return min(max(digits - 1 - math.floor(math.log10(abs(value))), 0), 3) if value else 3
 
 
-def _rounded(value: Any) -> Any:
-    """Six significant digits: more than the figures have, and a third of the file."""
+def rounded(value: Any) -> Any:
+    """JSON-ready figures with six significant digits: more than the figures have, and a third of the file."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, list) else value
+        return {key: rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, list | tuple) else value

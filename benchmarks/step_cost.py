@@ -1,0 +1,192 @@
+"""How long a whole training step takes: plain, by SAM and by NSO; in JAX and in PyTorch."""
+
+import argparse
+import functools
+import importlib.metadata
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.progress import Progress
+
+from benchmarks import arguments, plots, steps, timing
+from benchmarks.timing import Call, Ratio
+
+NOISE = "noise"  # a case of its own, beside those of `steps`
+NOISE_REPETITIONS = 25
+
+# Every step with its label, under the library that makes it.
+LIBRARIES = {
+    "JAX and optax": {"plain": "plain", "sam": "SAM"},
+    "nso_jax": {
+        "nso": "NSO",
+        "nso-signs": "NSO, signs",
+        "nso-k4": "NSO, k = 4",
+        "nso-signs-k4": "NSO, signs, k = 4",
+    },
+    "PyTorch": {"torch-plain": "plain", "torch-sam": "SAM", "torch-nso": "NSO"},
+}
+LABELS = {step: label for labels in LIBRARIES.values() for step, label in labels.items()}
+COLOURS = {"JAX and optax": "#E69F00", "nso_jax": "#0072B2", "PyTorch": "#999999"}
+
+SHOWN = {
+    "NSO / 2 gradients": Ratio("nso", 2, "plain-gradient"),
+    "signs / 2 gradients": Ratio("nso-signs", 2, "plain-gradient"),
+    "NSO / SAM": Ratio("nso", 1, "sam"),
+    "signs / SAM": Ratio("nso-signs", 1, "sam"),
+    "k=4 / 4 x k=1": Ratio("nso-k4", 4, "nso"),
+    "NSO / PyTorch NSO": Ratio("nso", 1, "torch-nso"),
+}
+RATIOS = SHOWN | {
+    "NSO gradient / 2 gradients": Ratio("nso-gradient", 2, "plain-gradient"),
+    "signs gradient / 2 gradients": Ratio("nso-signs-gradient", 2, "plain-gradient"),
+    "signs, k=4 / 4 x k=1": Ratio("nso-signs-k4", 4, "nso-signs"),
+    "signs / PyTorch NSO": Ratio("nso-signs", 1, "torch-nso"),
+}
+HEADERS: tuple[str, ...] = ("case", "plain step (ms)", *SHOWN)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of this benchmark."""
+    cases = (*steps.CASES, NOISE)
+    parser.add_argument("--cases", nargs="+", choices=cases, default=cases, help="what to time")
+    parser.add_argument(
+        "--repetitions",
+        type=arguments.count,
+        help="measurements of each time, instead of 25, or 15 of the Transformer",
+    )
+
+
+def run(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
+    """Times all steps.
+
+    Args:
+        options: `cases`, and `repetitions` or None.
+        progress: Where to show how far it is.
+
+    Returns:
+        All figures, ready for JSON.
+    """
+    results: dict[str, Any] = {"settings": _settings(), "cases": {}}
+    for name, case in steps.CASES.items():
+        if name in options.cases:
+            num_weights, calls = steps.step_calls(case)
+            seconds = _timed(case.title, calls, options.repetitions or case.repetitions, progress)
+            results["cases"][name] = {
+                "title": case.title,
+                "weights": num_weights,
+                **_figures(seconds, RATIOS),
+                "over_plain_step": timing.ratios(seconds, {step: Ratio(step, 1, "plain") for step in LABELS}),
+            }
+    if NOISE in options.cases:
+        calls = steps.noise_calls()
+        seconds = _timed(NOISE, calls, options.repetitions or NOISE_REPETITIONS, progress)
+        results[NOISE] = _figures(seconds, {name: Ratio(name, 1, "constant") for name in calls})
+    return results
+
+
+def rows(results: dict[str, Any]) -> list[list[str]]:
+    """One row for each case: a time, and ratios of times."""
+    return [
+        [
+            case["title"],
+            f"{case['milliseconds']['plain']['median']:.3g}",
+            *(_ratio(case["ratios"].get(name)) for name in SHOWN),
+        ]
+        for case in results["cases"].values()
+    ]
+
+
+def caption(results: dict[str, Any]) -> str:
+    """What the table shows, in a few sentences."""
+    settings, machine = results["settings"], results["machine"]
+    measured = [*results["cases"].values(), *([results[NOISE]] if NOISE in results else [])]
+    counts = sorted({figures["repetitions"] for figures in measured})
+    text = (
+        f"Medians of {' or '.join(map(str, counts))} repetitions, each of all steps of a case in turn, on "
+        f"{machine['cpu_count']} CPU cores ({machine['device']}). A step: gradient and update, by SGD with "
+        "momentum. NSO: k = 1, normal noise; signs: Rademacher noise. 2 gradients: twice a plain gradient, "
+        "without an update. SAM: that of optax. "
+    )
+    if settings["torch"]:
+        text += (
+            f"PyTorch: {settings['torch']}, not compiled, {settings['torch_threads']} threads; its NSO takes "
+            "three passes forward and backward, as the authors' trainer does. "
+        )
+    else:
+        text += "PyTorch is not installed, or lacks the device. "
+    if NOISE in results:
+        over = {name: _ratio(ratio) for name, ratio in results[NOISE]["ratios"].items()}
+        text += (
+            f"To add noise to {settings['noise_weights']:,} weights takes {over['signs']} (signs) and "
+            f"{over['normal']} (normal) times as long as to add a constant; with jax.random.normal it takes "
+            f"{over['jax-normal']} times as long."
+        )
+    return text.strip()
+
+
+def plot(results: dict[str, Any]) -> bytes:
+    """Times of the steps over the plain step's, a panel for each case, with quartiles."""
+    cases = [(case["title"], case["over_plain_step"]) for case in results["cases"].values()]
+    shown = [step for step in LABELS if any(step in times for _, times in cases)]
+    figure = Figure(figsize=(1.5 + 2.4 * max(1, len(cases)), 1.3 + 0.3 * len(shown)), layout="constrained")
+    panels = figure.subplots(1, max(1, len(cases)), sharey=True, squeeze=False)[0]
+    for panel, (title, times) in zip(panels, cases, strict=False):
+        for library, labels in LIBRARIES.items():
+            _bars(panel, library, {shown.index(step): times[step] for step in labels if step in times})
+        panel.set(title=title, xlabel="time / plain step in JAX")
+        panel.margins(x=0.2)
+        panel.set_axisbelow(True)
+    panels[0].set_yticks(range(len(shown)), [LABELS[step] for step in shown])
+    panels[0].invert_yaxis()
+    return plots.finish(figure, panels[0])
+
+
+def _bars(panel: Axes, library: str, ratios: dict[int, dict[str, float]]) -> None:
+    medians = [ratio["median"] for ratio in ratios.values()]
+    below = [ratio["median"] - ratio["low"] for ratio in ratios.values()]
+    above = [ratio["high"] - ratio["median"] for ratio in ratios.values()]
+    bars = panel.barh(
+        list(ratios), medians, xerr=np.array([below, above]), color=COLOURS[library], label=library
+    )
+    panel.bar_label(bars, [f"{median:.1f}" for median in medians], padding=3, fontsize="small")
+
+
+def _timed(
+    title: str, calls: dict[str, Call], repetitions: int, progress: Progress
+) -> dict[str, list[float]]:
+    task = progress.add_task(title, total=len(calls) * (1 + repetitions))
+    return timing.interleaved(calls, repetitions, functools.partial(progress.advance, task))
+
+
+def _figures(seconds: dict[str, list[float]], ratios: dict[str, Ratio]) -> dict[str, Any]:
+    milliseconds = {name: timing.quartiles([1e3 * time for time in times]) for name, times in seconds.items()}
+    return {
+        "repetitions": len(next(iter(seconds.values()))),
+        "milliseconds": milliseconds,
+        "ratios": timing.ratios(seconds, ratios),
+    }
+
+
+def _ratio(quartiles: dict[str, float] | None) -> str:
+    return f"{quartiles['median']:.2f}" if quartiles else "-"
+
+
+def _settings() -> dict[str, Any]:
+    settings = {
+        "optimizer": "SGD",
+        "learning_rate": steps.LEARNING_RATE,
+        "momentum": steps.MOMENTUM,
+        "sigma": steps.SIGMA,
+        "rho": steps.RHO,
+        "dropout": 0.0,
+        "noise_weights": int(np.prod(steps.NOISE_SHAPE)),
+        "torch": None,
+        "torch_threads": None,
+    }
+    if steps.torch_device():
+        import torch  # noqa: PLC0415
+
+        settings |= {"torch": importlib.metadata.version("torch"), "torch_threads": torch.get_num_threads()}
+    return settings

@@ -1,0 +1,543 @@
+"""Fresh noise for each part of a batch: what it does to the gradient's variance, and what that is worth."""
+
+import argparse
+import functools
+import math
+import statistics
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.flatten_util import ravel_pytree
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator, StrMethodFormatter
+from rich.progress import Progress
+
+import nso_jax
+from benchmarks import arguments, data, measuring, models, plots
+from benchmarks.data import Examples, Split
+from benchmarks.files import UserError
+from benchmarks.measuring import Gauge, Network
+from nso_jax import noise, parallel
+from nso_jax.noise import Sigma
+
+WIDTHS = (64, 128, 128, 10)
+
+PARTS = (1, 2, 4, 8)
+REFERENCE_DRAWS = 4  # times as many for what the other variances are divided by
+NUM_EXAMPLES = 512
+WARM_UP_STEPS = 100
+WARM_UP_RATE = 0.1
+
+BATCH_SIZE = 64
+MOMENTUM = 0.9
+NUM_PROBES = 100
+
+CASE_COLOURS = ("#0072B2", "#D55E00", "#CC79A7")
+COUNT_COLOURS = ("#56B4E9", "#009E73", "#0072B2")
+
+HEADERS = (
+    "what",
+    "parts",
+    "variance times microbatches",
+    "variance times devices",
+    "test accuracy (%)",
+    "Hessian trace",
+)
+
+Loss = Callable[[nnx.State, Examples], jax.Array]
+Flat = Callable[[jax.Array, nnx.State, Examples], jax.Array]
+WithStrength = Callable[[Any, jax.Array, nnx.State, Examples], nnx.State]
+
+
+class Case(NamedTuple):
+    """A noise whose variance is measured.
+
+    Attributes:
+        sigma: The noise.
+        num_distinct: How many of the examples differ. With an eighth of them, all parts have the same.
+    """
+
+    sigma: Sigma
+    num_distinct: int = NUM_EXAMPLES
+
+
+class Task(NamedTuple):
+    """Digits to learn, and what all methods have in common.
+
+    Attributes:
+        num_train: Images to train on.
+        wrong_labels: The share of them with a wrong label.
+        learning_rate: Where the cosine schedule starts.
+        weight_decay: That of each method.
+    """
+
+    num_train: int
+    wrong_labels: float
+    learning_rate: float
+    weight_decay: dict[str, float]
+
+
+class Method(NamedTuple):
+    """A way to train.
+
+    Attributes:
+        gradient: `gradient(strength, key, params, examples) -> grads`.
+        strengths: What is tried: rho for SAM, noise over weight for NSO.
+        gradients_per_step: Gradient evaluations of a step.
+    """
+
+    gradient: WithStrength
+    strengths: tuple[float, ...] = (0.0,)
+    gradients_per_step: int = 2
+
+
+class Estimate(NamedTuple):
+    """A figure and its standard error."""
+
+    value: float
+    standard_error: float
+
+
+CASES = {
+    "relative 0.8": Case(noise.relative(0.8)),
+    "sigma 0.05": Case(0.05),
+    "sigma 0.05, same digits": Case(0.05, num_distinct=NUM_EXAMPLES // max(PARTS)),
+}
+
+# Picked by the accuracy on the validation images, a mean over the seeds 100 to 109. SGD: learning rates of
+# .05, .1, .2, .4 with weight decays from 0 to 5e-2. SAM, and NSO with 1, 4 and 16 microbatches: these rates
+# with one weight decay and three weight decays with one rate, each with several of RHOS or SCALES. Methods
+# share a value where no other was better by more than .3 points.
+TASKS = {
+    "right labels": Task(200, 0.0, learning_rate=0.1, weight_decay={"sgd": 1e-3, "sam": 1e-3, "nso": 1e-3}),
+    "20 % wrong": Task(400, 0.2, learning_rate=0.1, weight_decay={"sgd": 2e-2, "sam": 5e-3, "nso": 5e-3}),
+}
+RHOS = (0.1, 0.2, 0.35, 0.5, 0.7)
+MICROBATCHES = (1, 4, 16)
+SCALES = (0.3, 0.5, 0.65, 0.8, 1.0)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `run`."""
+    parser.add_argument(
+        "--draws", type=arguments.count, default=400, help="gradients that a variance is estimated from"
+    )
+    parser.add_argument("--seeds", type=arguments.count, default=5, help="trainings of each kind")
+    parser.add_argument(
+        "--steps", type=arguments.count, default=600, help="steps of two gradients (sgd: twice as many)"
+    )
+    parser.add_argument(
+        "--microbatches",
+        nargs="+",
+        type=int,
+        choices=MICROBATCHES,
+        default=MICROBATCHES,
+        help="numbers of parts to train with",
+    )
+
+
+def run(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
+    """Measures the variance of the gradient's estimate, and trains with estimates that differ in it.
+
+    Args:
+        options: `draws`, `seeds`, `steps` and `microbatches`.
+        progress: Where to show how far it is.
+
+    Returns:
+        All figures, ready for JSON.
+    """
+    if options.draws < 2:
+        raise UserError("argument --draws: the variance of a single draw is not defined")
+    loss, params = models.pure_loss(_model(seed=0))
+    methods = _methods(loss, options.microbatches)
+    trainings = len(TASKS) * options.seeds * sum(len(method.strengths) for method in methods.values())
+    shown = progress.add_task("variance", total=2 * len(CASES) * len(PARTS) + trainings)
+    advance = functools.partial(progress.advance, shown)
+    settings = {
+        "draws": options.draws,
+        "reference_draws": REFERENCE_DRAWS * options.draws,
+        "seeds": options.seeds,
+        "microbatches": list(options.microbatches),
+        "gradient_evaluations": 2 * options.steps,
+        "batch_size": BATCH_SIZE,
+        "momentum": MOMENTUM,
+        "widths": list(WIDTHS),
+        "num_examples": NUM_EXAMPLES,
+        "warm_up_steps": WARM_UP_STEPS,
+        "num_test": data.NUM_TEST,
+        "probes": NUM_PROBES,
+        "tasks": {name: task._asdict() for name, task in TASKS.items()},
+    }
+    return {
+        "settings": settings,
+        "variance": list(_variances(loss, params, options.draws, advance)),
+        "training": list(_trainings(methods, options.seeds, options.steps, advance)),
+    }
+
+
+def rows(results: dict[str, Any]) -> list[list[str]]:
+    """The variances, times the number of parts; then what each method reaches at its best strength."""
+    variances = [
+        [
+            row["case"],
+            str(row["parts"]),
+            _with_error(row["microbatches"]),
+            _with_error(row["devices"]),
+            "",
+            "",
+        ]
+        for row in results["variance"]
+    ]
+    trainings = [
+        [
+            f"{row['task']}: {row['method']} {row['strength'] or ''}".rstrip(),
+            str(row["num_microbatches"] or ""),
+            "",
+            "",
+            _spread([100 * accuracy for accuracy in row["test_accuracy"]], decimals=1),
+            _spread(row["trace"], decimals=2),
+        ]
+        for row in results["training"]
+        if row["best"]
+    ]
+    return variances + trainings
+
+
+def caption(results: dict[str, Any]) -> str:
+    """What the table shows, in a few sentences."""
+    settings = results["settings"]
+    widths = ", ".join(map(str, settings["widths"]))
+    tasks = ". ".join(
+        f"{name.capitalize()}: {task['num_train']} images, learning rate {task['learning_rate']:g}, "
+        "weight decay " + ", ".join(f"{decay:g} ({method})" for method, decay in task["weight_decay"].items())
+        for name, task in settings["tasks"].items()
+    )
+    return (
+        f"Variance: of the gradient's estimate for {settings['num_examples']} digits, with one pair of draws "
+        "for each part of them, microbatches or shares of simulated devices; over the variance with one "
+        f"part, times the number of parts, ± standard error, from {settings['draws']:,} estimates, and "
+        f"{settings['reference_draws']:,} with one part. It is 1 if only the number of draws counts, and "
+        "more where the noise's effect differs between the parts' digits. The network is an MLP "
+        f"({widths}) after {settings['warm_up_steps']} plain steps. Relative: noise over weight. Below, with "
+        "relative noise and one pair for each microbatch: test accuracy and trace of the training loss's "
+        f"Hessian after as many gradients for all, {settings['gradient_evaluations']:,} on "
+        f"{settings['batch_size']} digits each; mean ± standard deviation over {settings['seeds']} seeds, at "
+        "the rho of SAM or noise of NSO with the best validation accuracy among those in the picture. "
+        f"{tasks}.{_gains(results)}"
+    )
+
+
+def plot(results: dict[str, Any]) -> bytes:
+    """Variance against the number of parts, and accuracy against the strength of the noise, as PNG."""
+    tasks = list(results["settings"]["tasks"])
+    figure = Figure(figsize=(4 * (1 + len(tasks)), 3.9), layout="constrained")
+    variance, *accuracies = figure.subplots(1, 1 + len(tasks))
+    _plot_variance(variance, results["variance"])
+    for axes, task in zip(accuracies, tasks, strict=True):
+        _plot_accuracy(axes, [row for row in results["training"] if row["task"] == task])
+        axes.set(title=f"Test accuracy (%), {task}", xlabel="noise over weight")
+    return plots.finish(figure, accuracies[0])
+
+
+def _variances(
+    loss: Loss, params: nnx.State, draws: int, advance: Callable[[], None]
+) -> Iterator[dict[str, Any]]:
+    """Of each case, the variance for each number of parts, over that for one, times the parts."""
+    examples = data.digits(0, NUM_EXAMPLES).train
+    params = _warmed_up(loss, params, examples)
+    for name, case in CASES.items():
+        one: Estimate | None = None
+        for parts in PARTS:
+            figures = {}
+            for seed, (kind, gradient) in enumerate(_divided(loss, case.sigma, parts).items()):
+                batch = _batch(examples, case.num_distinct, kind)
+                count = draws if one else REFERENCE_DRAWS * draws
+                keys = jax.random.split(jax.random.key(seed), count)
+                estimate = _variance(np.stack([gradient(key, params, batch) for key in keys]))
+                one = one or estimate
+                figures[kind] = _times_parts(estimate, one, parts)._asdict()
+                advance()
+            yield {"case": name, "parts": parts, **figures}
+
+
+@functools.cache
+def _divided(loss: Loss, sigma: Sigma, parts: int) -> dict[str, Flat]:
+    """The gradient as one vector, averaged over microbatches or devices. Cases share what is compiled."""
+    mesh = jax.make_mesh(
+        (parts,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:parts]
+    )
+    ways = {
+        "microbatches": parallel.microbatch(nso_jax.value_and_grad(loss, sigma=sigma), parts),
+        "devices": parallel.value_and_grad(loss, sigma=sigma, mesh=mesh),
+    }
+    return {kind: jax.jit(lambda *args, fn=fn: ravel_pytree(fn(*args)[1])[0]) for kind, fn in ways.items()}
+
+
+def _batch(examples: Examples, num_distinct: int, kind: str) -> Examples:
+    """The first examples, copied so that each part has all of them: a part is every m-th one, or a block."""
+    copies = NUM_EXAMPLES // num_distinct
+
+    def copy(x: Any) -> jax.Array:
+        distinct = jnp.asarray(x)[:num_distinct]
+        return (
+            jnp.repeat(distinct, copies, axis=0)
+            if kind == "microbatches"
+            else jnp.concatenate(copies * [distinct])
+        )
+
+    return jax.tree.map(copy, examples)
+
+
+def _variance(gradients: np.ndarray) -> Estimate:
+    """The variance over the first axis, summed over the weights."""
+    count, mean = len(gradients), gradients.mean(axis=0)
+    squares = np.array([np.sum(np.square(x - mean)) for x in gradients]) * count / (count - 1)
+    return Estimate(float(squares.mean()), float(squares.std(ddof=1)) / math.sqrt(count))
+
+
+def _times_parts(estimate: Estimate, one: Estimate, parts: int) -> Estimate:
+    value = parts * estimate.value / one.value
+    if estimate is one:
+        return Estimate(value, 0.0)
+    relative = (figure.standard_error / figure.value for figure in (estimate, one))
+    return Estimate(value, value * math.hypot(*relative))
+
+
+def _warmed_up(loss: Loss, params: nnx.State, examples: Examples) -> nnx.State:
+    """The params after some plain steps on all examples."""
+    optimizer = optax.sgd(WARM_UP_RATE, momentum=MOMENTUM)
+
+    @jax.jit
+    def step(params: nnx.State, state: optax.OptState) -> tuple[nnx.State, optax.OptState]:
+        updates, state = optimizer.update(jax.grad(loss)(params, examples), state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = optimizer.init(params)
+    for _ in range(WARM_UP_STEPS):
+        params, state = step(params, state)
+    return params
+
+
+def _methods(loss: Loss, microbatches: list[int]) -> dict[tuple[str, int], Method]:
+    """The methods by name and number of microbatches, which is 0 without noise."""
+    averaged = {("nso", count): Method(_nso(loss, count), SCALES) for count in dict.fromkeys(microbatches)}
+    return {
+        ("sgd", 0): Method(_sgd(loss), gradients_per_step=1),
+        ("sam", 0): Method(_sam(loss), RHOS),
+    } | averaged
+
+
+def _sgd(loss: Loss) -> WithStrength:
+    def gradient(strength: Any, key: jax.Array, params: nnx.State, examples: Examples) -> nnx.State:
+        del strength, key
+        return jax.grad(loss)(params, examples)
+
+    return gradient
+
+
+def _sam(loss: Loss) -> WithStrength:
+    def gradient(rho: Any, key: jax.Array, params: nnx.State, examples: Examples) -> nnx.State:
+        del key
+        uphill = jax.grad(loss)(params, examples)
+        scale = rho / jnp.maximum(jnp.linalg.norm(ravel_pytree(uphill)[0]), 1e-12)
+        return jax.grad(loss)(jax.tree.map(lambda w, g: w + scale * g, params, uphill), examples)
+
+    return gradient
+
+
+def _nso(loss: Loss, num_microbatches: int) -> WithStrength:
+    def gradient(scale: Any, key: jax.Array, params: nnx.State, examples: Examples) -> nnx.State:
+        value_and_grad = nso_jax.value_and_grad(loss, sigma=noise.relative(scale))
+        return parallel.microbatch(value_and_grad, num_microbatches)(key, params, examples)[1]
+
+    return gradient
+
+
+def _trainings(
+    methods: dict[tuple[str, int], Method], seeds: int, steps: int, advance: Callable[[], None]
+) -> Iterator[dict[str, Any]]:
+    """What each method reaches on each task, at each strength."""
+    gauge = measuring.gauge(measuring.split_network(_model(seed=0))[0])
+    for task_name, task in TASKS.items():
+        splits = [data.digits(seed, task.num_train, task.wrong_labels) for seed in range(seeds)]
+        for (name, count), method in methods.items():
+            train = functools.partial(
+                _train,
+                gradient=method.gradient,
+                num_steps=2 * steps // method.gradients_per_step,
+                learning_rate=task.learning_rate,
+                weight_decay=task.weight_decay[name],
+            )
+            for row in _sweep(train, method.strengths, splits, gauge, advance):
+                yield {"task": task_name, "method": name, "num_microbatches": count, **row}
+
+
+def _sweep(
+    train: Callable[[float, int, Examples], Network],
+    strengths: tuple[float, ...],
+    splits: list[Split],
+    gauge: Gauge,
+    advance: Callable[[], None],
+) -> list[dict[str, Any]]:
+    """For each strength the accuracies by seed; for that of the best validation accuracy the traces too."""
+    networks: dict[float, list[Network]] = {}
+    swept: list[dict[str, Any]] = []
+    for strength in strengths:
+        networks[strength] = []
+        for seed, split in enumerate(splits):
+            networks[strength].append(train(strength, seed, split.train))
+            advance()
+        swept.append({"strength": strength, **_accuracies(gauge, networks[strength], splits)})
+    best = max(swept, key=lambda row: statistics.mean(row["validation_accuracy"]))
+    best["trace"] = _traces(gauge, networks[best["strength"]], splits)
+    return [{"best": row is best, **row} for row in swept]
+
+
+def _accuracies(gauge: Gauge, networks: list[Network], splits: list[Split]) -> dict[str, Any]:
+    def on(part: str) -> list[float]:
+        pairs = zip(networks, splits, strict=True)
+        return [float(gauge.accuracy(net.params, (getattr(split, part), net.rest))) for net, split in pairs]
+
+    return {"validation_accuracy": on("validation"), "test_accuracy": on("test")}
+
+
+def _traces(gauge: Gauge, networks: list[Network], splits: list[Split]) -> list[float]:
+    pairs = zip(networks, splits, strict=True)
+    return [measuring.measure_point(gauge, net, split, NUM_PROBES)["trace"] for net, split in pairs]
+
+
+def _train(
+    strength: float,
+    seed: int,
+    examples: Examples,
+    *,
+    gradient: WithStrength,
+    num_steps: int,
+    learning_rate: float,
+    weight_decay: float,
+) -> Network:
+    """Trains once; the seed is that of the initial weights, the order of the examples and the noise."""
+    stream = data.batches(examples, BATCH_SIZE, seed)
+    batches = [next(stream) for _ in range(num_steps)]
+    network = measuring.split_network(_model(seed))[1]
+    params = _after_all(
+        gradient,
+        jax.random.key(seed),
+        network.params,
+        jax.tree.map(lambda *xs: np.stack(xs), *batches),
+        strength=strength,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+    )
+    return network._replace(params=params)
+
+
+@functools.partial(jax.jit, static_argnames="gradient")
+def _after_all(
+    gradient: WithStrength,
+    key: jax.Array,
+    params: nnx.State,
+    batches: Examples,
+    *,
+    strength: Any,
+    learning_rate: Any,
+    weight_decay: Any,
+) -> nnx.State:
+    """The params after a step on each batch, by momentum with weight decay and a cosine schedule."""
+    num_steps = len(batches.labels)
+    schedule = optax.cosine_decay_schedule(learning_rate, num_steps)
+    optimizer = optax.chain(
+        optax.add_decayed_weights(weight_decay),
+        optax.sgd(lambda count: schedule(count.astype(jnp.float32)), momentum=MOMENTUM),
+    )
+
+    def step(carry: Any, now: Any) -> tuple[Any, None]:
+        (params, state), (i, examples) = carry, now
+        grads = gradient(strength, jax.random.fold_in(key, i), params, examples)
+        updates, state = optimizer.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    carry = (params, optimizer.init(params))
+    (params, _), _ = jax.lax.scan(step, carry, (jnp.arange(num_steps), batches))
+    return params
+
+
+def _model(seed: int) -> models.MLP:
+    return models.MLP(WIDTHS, rngs=nnx.Rngs(seed))
+
+
+def _gains(results: dict[str, Any]) -> str:
+    """How much the most microbatches gained on the fewest, seed by seed."""
+    counts = results["settings"]["microbatches"]
+    if min(counts) == max(counts):
+        return ""
+    texts = []
+    for task in results["settings"]["tasks"]:
+        accuracies = {
+            row["num_microbatches"]: np.array(row["test_accuracy"])
+            for row in results["training"]
+            if row["best"] and row["task"] == task
+        }
+        gains = 100 * (accuracies[max(counts)] - accuracies[min(counts)])
+        texts.append(f"{gains.mean():+.1f} ± {_standard_error(gains):.1f} points ({task})")
+    gained = ", ".join(texts)
+    return f" From {min(counts)} to {max(counts)} microbatches, seed by seed: {gained}, ± standard error."
+
+
+def _standard_error(values: np.ndarray) -> Any:
+    """Of the mean over the last axis; zero for a single value."""
+    count = values.shape[-1]
+    return values.std(axis=-1, ddof=min(1, count - 1)) / math.sqrt(count)
+
+
+def _with_error(figure: dict[str, float]) -> str:
+    return f"{figure['value']:.2f} ± {figure['standard_error']:.2f}" if figure["standard_error"] else "1"
+
+
+def _spread(values: list[float], decimals: int) -> str:
+    mean = f"{statistics.mean(values):.{decimals}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{decimals}f}"
+
+
+def _plot_variance(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    for case, colour in zip(dict.fromkeys(row["case"] for row in rows), CASE_COLOURS, strict=False):
+        mine = [row for row in rows if row["case"] == case]
+        parts = np.array([row["parts"] for row in mine])
+        for kind, style in (("microbatches", "-"), ("devices", ":")):
+            values, errors = (
+                np.array([row[kind][what] for row in mine]) / parts for what in ("value", "standard_error")
+            )
+            label = case if kind == "microbatches" else None
+            axes.errorbar(parts, values, errors, color=colour, linestyle=style, linewidth=2, label=label)
+    axes.plot(parts, 1 / parts, color="black", linewidth=1, linestyle="--", label="1 / parts")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.set_minor_locator(NullLocator())
+    axes.set(title="Variance, over that with one part", xlabel="microbatches (solid) or devices (dotted)")
+    axes.legend(frameon=False)
+
+
+def _plot_accuracy(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    """A line over the strength of the noise for each number of microbatches; a level for each rival."""
+    counts = sorted({row["num_microbatches"] for row in rows if row["method"] == "nso"})
+    for count, colour in zip(counts, COUNT_COLOURS, strict=False):
+        mine = [row for row in rows if row["num_microbatches"] == count]
+        x, accuracies = [row["strength"] for row in mine], np.array([row["test_accuracy"] for row in mine])
+        y, errors = 100 * accuracies.mean(axis=1), 100 * _standard_error(accuracies)
+        axes.errorbar(
+            x, y, errors, color=colour, linewidth=2, marker="o", markersize=4, label=f"nso, m = {count}"
+        )
+    for name, colour, style in (("sgd", "#000000", "-"), ("sam", "#E69F00", "--")):
+        (best,) = (row for row in rows if row["method"] == name and row["best"])
+        level = 100 * statistics.mean(best["test_accuracy"])
+        axes.axhline(level, color=colour, linestyle=style, linewidth=1.5, label=name)
+    bottom, top = axes.get_ylim()
+    axes.set_ylim(max(bottom, top - 7), top)  # what hardly learns may leave the picture
