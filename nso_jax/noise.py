@@ -49,7 +49,7 @@ def rademacher(key: jax.Array, shape: tuple[int, ...] = (), dtype: Any = jnp.flo
     """Random signs, u = +1 or -1 with probability 1/2 each, at about the price of a copy.
 
     u_i^2 = 1 always, so the diagonal of the Hessian enters u^T H u without any variance. Up to 32 weights
-    share a random 32-bit word, along the axis whose size has the most factors of 2.
+    share a random 32-bit word, as many as the factors of 2 in the sizes of the axes allow.
 
     Args:
       key: a PRNG key.
@@ -314,22 +314,24 @@ def widen(x: Any) -> jax.Array:
 
 
 def _random_fields(key: jax.Array, shape: tuple[int, ...], width: int) -> jax.Array:
-    """`width` random bits for each entry: as many entries share a 32-bit word as divide one of the axes.
+    """`width` random bits for each entry, of 32-bit words that as many entries share as divide the axes.
 
-    The axis is divided without padding, so that an array sharded over any axis keeps its sharding.
+    The axes are divided without padding, so that an array sharded over any of them keeps its sharding.
     """
-    if not shape:
-        return _random_fields(key, (1,), width)[0]
-    shared = [math.gcd(size, 32 // width) for size in shape]
-    lanes = max(shared)
-    axis = len(shape) - 1 - shared[::-1].index(lanes)  # the last of the best: its lanes are contiguous
-    before, after = shape[:axis], shape[axis + 1 :]
-    words = jax.random.bits(key, (*before, shape[axis] // lanes, 1, *after), jnp.uint32)
-    shifts = width * jax.lax.broadcasted_iota(
-        jnp.uint32, (*[1] * (axis + 1), lanes, *[1] * len(after)), axis + 1
-    )
-    fields = (words >> shifts) & jnp.uint32(2**width - 1)
-    return fields.reshape(shape)
+    free, lanes = 32 // width, [1] * len(shape)
+    # From the axis with the most factors of 2, and of equal ones the last, whose lanes are contiguous.
+    for axis in sorted(range(len(shape)), key=lambda i: (math.gcd(shape[i], free), i), reverse=True):
+        lanes[axis] = math.gcd(shape[axis], free)
+        free //= lanes[axis]
+    split = [(size // lane, lane) for size, lane in zip(shape, lanes, strict=True)]
+    words = jax.random.bits(key, [n for size, _ in split for n in (size, 1)], jnp.uint32)
+    shifts, stride = jnp.uint32(0), width
+    for axis, lane in enumerate(lanes):
+        dims = [1] * words.ndim
+        dims[2 * axis + 1] = lane
+        shifts += jnp.uint32(stride) * jax.lax.broadcasted_iota(jnp.uint32, dims, 2 * axis + 1)
+        stride *= lane
+    return ((words >> shifts) & jnp.uint32(2**width - 1)).reshape(shape)
 
 
 def _leaf_keys(key: jax.Array, paths: list[str]) -> jax.Array:

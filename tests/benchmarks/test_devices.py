@@ -28,7 +28,8 @@ def sent():
 @pytest.fixture(scope="module")
 def varied():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(variance, "WIDTHS", (64, 16, 10))
+        patch.setattr(variance, "MEASURED_WIDTHS", (64, 16, 10))
+        patch.setattr(variance, "TRAINED_WIDTHS", (64, 16, 10))
         patch.setattr(variance, "PARTS", (1, 2))
         patch.setattr(variance, "NUM_EXAMPLES", 16)
         patch.setattr(variance, "WARM_UP_STEPS", 1)
