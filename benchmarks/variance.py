@@ -127,7 +127,7 @@ SCALES = (0.5, 0.65, 0.8, 1.0)
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `run`."""
     parser.add_argument(
-        "--draws", type=arguments.count, default=600, help="gradients that a variance is estimated from"
+        "--draws", type=arguments.count, default=400, help="gradients that a variance is estimated from"
     )
     parser.add_argument("--seeds", type=arguments.count, default=5, help="trainings of each kind")
     parser.add_argument(
@@ -238,12 +238,13 @@ def caption(results: dict[str, Any]) -> str:
 def plot(results: dict[str, Any]) -> bytes:
     """Variance against the number of parts, and accuracy against the strength of the noise, as PNG."""
     tasks = list(results["settings"]["tasks"])
-    figure = Figure(figsize=(3.5 * (1 + len(tasks)), 3.6), layout="constrained")
+    figure = Figure(figsize=(3.2 * (1 + len(tasks)), 3.3), layout="constrained")
     variance, *accuracies = figure.subplots(1, 1 + len(tasks))
     _plot_variance(variance, results["variance"])
     for axes, task in zip(accuracies, tasks, strict=True):
         _plot_accuracy(axes, [row for row in results["training"] if row["task"] == task])
-        axes.set(title=f"Test accuracy (%), labels {task}", xlabel="noise over weight")
+        axes.set_xlabel("noise over weight")
+        axes.set_title(f"Test accuracy (%), labels {task}", fontsize="medium")
     return plots.finish(figure, accuracies[0])
 
 
@@ -526,7 +527,8 @@ def _plot_variance(axes: Axes, rows: list[dict[str, Any]]) -> None:
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axis.set_minor_locator(NullLocator())
-    axes.set(title="Variance, over that with one part", xlabel="microbatches (solid) or devices (dotted)")
+    axes.set_xlabel("microbatches (solid) or devices (dotted)")
+    axes.set_title("Variance, over that with one part", fontsize="medium")
     axes.legend(frameon=False)
 
 
@@ -538,7 +540,14 @@ def _plot_accuracy(axes: Axes, rows: list[dict[str, Any]]) -> None:
         x, accuracies = [row["strength"] for row in mine], np.array([row["test_accuracy"] for row in mine])
         y, errors = 100 * accuracies.mean(axis=1), 100 * _standard_error(accuracies)
         axes.errorbar(
-            x, y, errors, color=colour, linewidth=2, marker="o", markersize=4, label=f"nso, m = {count}"
+            x,
+            y,
+            errors,
+            color=colour,
+            linewidth=2,
+            marker="o",
+            markersize=4,
+            label=f"nso, {count} part{'s' * (count > 1)}",
         )
     for name, colour, style in (("sgd", "#000000", "-"), ("sam", "#E69F00", "--")):
         (best,) = (row for row in rows if row["method"] == name and row["best"])
