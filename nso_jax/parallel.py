@@ -30,8 +30,9 @@ def microbatch(
 
         g = 1/m sum_i g(key_i, W, part i),    key_i = jax.random.split(key, m)[i]
 
-    The cost in FLOPs is that of one `fn` for the whole batch. The noise's share of the estimate's variance
-    is divided by m, and so is the memory for activations, as the parts follow one another.
+    The cost in FLOPs is that of one `fn` for the whole batch. The variance that the noise gives the estimate
+    is divided by m, or by less where the parts' examples differ in what noise does to them; the memory for
+    activations is divided by m, as the parts follow one another.
 
     A loss that is a mean over examples is the mean over parts of the same size. One that is not, like a
     weighted mean or one with batch normalization, becomes the mean of what each part gives by itself: batch
@@ -44,7 +45,8 @@ def microbatch(
       num_microbatches: m, a static int >= 1; with 1, `fn` gets the key and the batch as they are.
       batch_argnums: which of `args` carry examples along the leading axis of every leaf, counted as for
         `fun`: 0 is the params and 1, the default, what follows them. Part i has the examples i, i + m,
-        i + 2m, ..., so that a batch sharded over devices stays on them. Keyword arguments are never split.
+        i + 2m, ..., so that a batch sharded over devices stays on them. Keyword arguments are never split,
+        and a dropout key among the others is the same for all parts.
       axis_name: inside `shard_map` or `pmap`: axes to average over, once, in the end. Leave it out of `fn`,
         which would average after each part.
       independent_draws: with `axis_name`, whether each device folds its index into the key.
