@@ -291,10 +291,15 @@ def _check_divides(count: int, of_what: str, batch: Batch) -> None:
 
 
 def _resharded(tree: PyTree, mesh: Any, axes: tuple[Any, ...], specs: PyTree) -> PyTree:
-    """The arrays where a `shard_map` over all axes expects them; with explicit axes it does not move them."""
-    if set(axes) != set(mesh.axis_names) or jax.sharding.AxisType.Explicit not in mesh.axis_types:
+    """The arrays where `shard_map` expects them; with explicit axes it does not move them itself."""
+    if jax.sharding.AxisType.Explicit not in mesh.axis_types:
         return tree
-    return jax.tree.map(lambda x, spec: jax.reshard(x, jax.NamedSharding(mesh, spec)), tree, specs)
+    whole = set(axes) == set(mesh.axis_names)  # else params may be sharded over the other axes
+
+    def place(x: Any, spec: jax.P) -> Any:
+        return jax.reshard(x, jax.NamedSharding(mesh, spec)) if whole or noise.axes_of(spec) else x
+
+    return jax.tree.map(place, tree, specs)
 
 
 def _split_inexact(leaves: list[Any]) -> tuple[list[Any], list[Any]]:
