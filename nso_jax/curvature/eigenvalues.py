@@ -5,17 +5,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from scipy.linalg import eigh_tridiagonal
 
 from nso_jax._checks import as_key, check_count
-from nso_jax.curvature.operators import (
-    check_params,
-    check_tolerance,
-    chosen_leaves,
-    mean_hessian_product,
-)
+from nso_jax.curvature.operators import Operator, check_tolerance, orthogonalise
 
 # How much an eigenvalue is wanted: the k with the highest rank are.
 _RANKS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -52,6 +46,7 @@ def eigenvalues(
     tol: float = 1e-6,
     max_products: int | None = None,
     mask: Any = None,
+    callback: Callable[[int], object] | None = None,
 ) -> Eigenpairs:
     """Computes the k largest eigenvalues of the Hessian H of the mean loss, with their eigenvectors.
 
@@ -86,6 +81,7 @@ def eigenvalues(
         1000 + k, or the number of parameters + k where that is less: enough for an exact result.
       mask: bools, a prefix pytree of `params` or a callable giving one: only these leaves' block of H. The
         vectors are zero elsewhere.
+      callback: called with the number of products so far, whenever some are done: for a progress bar.
 
     Returns:
       The `Eigenpairs`, the most wanted first: with "largest", the values descend.
@@ -121,25 +117,18 @@ def eigenvalues(
     if which not in _RANKS:
         raise ValueError(f"which: expected one of {', '.join(map(repr, _RANKS))}, got {which!r}.")
     check_tolerance("tol", tol)
-    params = check_params(params)
-    flags = chosen_leaves(mask, params)
-    dimension = sum(leaf.size for leaf, flag in zip(jax.tree.leaves(params), flags, strict=True) if flag)
     check_count("k", k, 1)
-    if k > dimension:
-        raise ValueError(f"k: expected at most the number of parameters, {dimension}, got {k}.")
+    operator = Operator(fun, params, batches, mask=mask, callback=callback)
+    if k > operator.size:
+        raise ValueError(f"k: expected at most the number of parameters, {operator.size}, got {k}.")
     if max_products is not None:
         check_count("max_products", max_products, 2 * k)
-    steps = min(dimension, 1000 if max_products is None else max_products - k)
-    tree_product = mean_hessian_product(fun, params, batches)
-
-    def product(vector: np.ndarray) -> np.ndarray:
-        return _ravel(tree_product(_unravel(vector, params, flags)), flags)
-
-    floor = max(tol, *(_epsilon(leaf.dtype) for leaf in jax.tree.leaves(params)))
-    target = _Target(k, _RANKS[which], tol, floor, steps)
-    krylov = _lanczos(key, product, dimension, target)
-    vectors = [_unravel(vector, params, flags) for vector in _ritz_vectors(krylov, target)]
-    values, residuals = np.transpose([_rayleigh(_ravel(vector, flags), product) for vector in vectors])
+    steps = min(operator.size, 1000 if max_products is None else max_products - k)
+    target = _Target(k, _RANKS[which], tol, max(tol, operator.epsilon), steps)
+    krylov = _lanczos(key, operator, target)
+    # As they will be returned, in the precision of the params.
+    vectors = [operator.unravel(vector) for vector in _ritz_vectors(krylov, target)]
+    values, residuals = _rayleigh(operator, np.stack([operator.ravel(vector) for vector in vectors]))
     if not krylov.settled:
         warnings.warn(
             f"eigenvalues stopped after {steps + k} products, before tol={tol}: the largest residual is "
@@ -147,7 +136,7 @@ def eigenvalues(
             stacklevel=2,
         )
     order = _most_wanted(values, target)
-    return Eigenpairs(values[order], [vectors[i] for i in order], residuals[order], len(krylov.basis) + k)
+    return Eigenpairs(values[order], [vectors[i] for i in order], residuals[order], operator.num_products)
 
 
 class _Target(NamedTuple):
@@ -171,18 +160,13 @@ class _Krylov(NamedTuple):
     settled: bool
 
 
-def _lanczos(
-    key: jax.Array,
-    product: Callable[[np.ndarray], np.ndarray],
-    dimension: int,
-    target: _Target,
-) -> _Krylov:
+def _lanczos(key: jax.Array, operator: Operator, target: _Target) -> _Krylov:
     """Lanczos' method from a random vector, and from another one where the basis spans an invariant subspace.
 
     The tridiagonal matrix then falls into blocks: `first` is where the last one begins, and `closed` has the
     eigenvalues of those before it.
     """
-    basis = np.empty((min(target.steps, 32), dimension))
+    basis = np.empty((min(target.steps, 32), operator.size))
     diagonal: list[float] = []
     off_diagonal: list[float] = []
     first, closed, scale = 0, np.empty(0), 0.0
@@ -192,15 +176,15 @@ def _lanczos(
         if size > len(basis):
             basis = np.concatenate([basis, np.empty_like(basis)])
         basis[size - 1] = vector
-        image = product(vector)
+        image = operator.products(vector[None])[0]
         scale = max(scale, float(np.linalg.norm(image)))
         diagonal.append(float(vector @ image))
-        image = _orthogonalise(image, basis[:size])
+        image = orthogonalise(image, basis[:size])
         beta = float(np.linalg.norm(image))
         invariant = beta <= target.floor * scale
         ritz_values, small_vectors = eigh_tridiagonal(diagonal[first:], off_diagonal[first:])
         errors = (0.0 if invariant else beta) * np.abs(small_vectors[-1])
-        settled = size == dimension or _settled(ritz_values, errors, closed, target, invariant=invariant)
+        settled = size == operator.size or _settled(ritz_values, errors, closed, target, invariant=invariant)
         if settled or size == target.steps:
             return _Krylov(basis[:size], diagonal, off_diagonal, settled)
         if invariant:
@@ -243,42 +227,14 @@ def _most_wanted(values: np.ndarray, target: _Target) -> np.ndarray:
 def _random_unit(key: jax.Array, basis: np.ndarray) -> np.ndarray:
     """A random vector of norm 1, orthogonal to the basis."""
     vector = np.asarray(jax.random.normal(key, basis.shape[1:]), np.float64)
-    vector = _orthogonalise(vector, basis)
+    vector = orthogonalise(vector, basis)
     return vector / np.linalg.norm(vector)
 
 
-def _orthogonalise(vector: np.ndarray, basis: np.ndarray) -> np.ndarray:
-    # Twice, because the first pass leaves rounding errors of the size of what it removed.
-    for _ in range(2):
-        vector = vector - basis.T @ (basis @ vector)
-    return vector
-
-
-def _rayleigh(vector: np.ndarray, product: Callable[[np.ndarray], np.ndarray]) -> tuple[float, float]:
-    """The Rayleigh quotient of a vector that need not have norm 1, and the norm of its residual."""
-    image, norm = product(vector), np.linalg.norm(vector)
-    value = vector @ image / norm**2
-    return float(value), float(np.linalg.norm(image - value * vector) / norm)
-
-
-def _ravel(tree: Any, flags: list[bool]) -> np.ndarray:
-    """The chosen leaves in one float64 vector."""
-    leaves = jax.device_get(jax.tree.leaves(tree))
-    chosen = [leaf for leaf, flag in zip(leaves, flags, strict=True) if flag]
-    return np.concatenate([np.ravel(leaf).astype(np.float64) for leaf in chosen])
-
-
-def _unravel(vector: np.ndarray, params: Any, flags: list[bool]) -> Any:
-    """A pytree like params, zero in the leaves that were not chosen."""
-    leaves, structure = jax.tree.flatten(params)
-    sizes = [leaf.size if flag else 0 for leaf, flag in zip(leaves, flags, strict=True)]
-    parts = np.split(vector, np.cumsum(sizes)[:-1])
-    filled = [
-        jnp.asarray(part.reshape(leaf.shape), leaf.dtype) if flag else jnp.zeros_like(leaf)
-        for part, leaf, flag in zip(parts, leaves, flags, strict=True)
-    ]
-    return jax.tree.unflatten(structure, filled)
-
-
-def _epsilon(dtype: Any) -> float:
-    return float(jnp.finfo(dtype).eps)
+def _rayleigh(operator: Operator, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The Rayleigh quotients of vectors that need not have norm 1, and the norms of their residuals."""
+    vectors = vectors.astype(np.float64)
+    norms = np.linalg.norm(vectors, axis=1)
+    images = operator.products(vectors)
+    values = np.sum(vectors * images, axis=1) / norms**2
+    return values, np.linalg.norm(images - values[:, None] * vectors, axis=1) / norms

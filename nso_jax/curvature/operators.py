@@ -1,17 +1,65 @@
-"""Hessian-vector products of the mean loss over a data set, and the checks that every estimator shares."""
+"""Products of the Hessian or the Gauss-Newton matrix with vectors, and checks that every estimator shares."""
 
 import functools
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nso_jax._checks import check_inexact, check_loss, describe, leaf_mask
+from nso_jax import noise
+from nso_jax._backend import on_cpu
+from nso_jax._checks import check_count, check_inexact, check_loss, describe, leaf_mask
+
+# Linearizations of a list's batches are kept for the next product while they take no more than this together.
+_KEPT_BYTES = 2**28
+# A pass over the data takes as many vectors at once as fit into this, with their products.
+_BLOCK_BYTES = 2**29
+# Vectors side by side where there is more than a CPU, to fill it.
+_CHUNK_SIZE = 8
 
 
-def hvp(fun: Callable[[Any, Any], jax.Array], params: Any, batches: Any) -> Callable[[Any], Any]:
+class GaussNewton(NamedTuple):
+    """A loss in two parts: as `fun` of an estimator it stands for the Gauss-Newton matrix.
+
+    That is the mean of `J^T H J` over the batches, J being the derivative of the model's outputs by the
+    params and H the Hessian of `loss` by the outputs. For a loss that is convex in the outputs it has no
+    negative eigenvalue: it is the Hessian without the curvature of the model itself, and for cross-entropy
+    the Fisher information matrix.
+
+    Attributes:
+      model: `model(params, batch)` gives the outputs, an array or a pytree of real arrays.
+      loss: `loss(outputs, batch)` is the mean loss over the batch, a real scalar.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from nso_jax import curvature
+      >>> def model(params, batch):
+      ...     return batch @ params["w"] ** 2
+      >>> fun = curvature.GaussNewton(model, lambda outputs, batch: jnp.mean(outputs**2) / 2)
+      >>> params, batch = {"w": jnp.ones(2)}, jnp.eye(2)
+      >>> curvature.eigenvalues(jax.random.key(0), fun, params, batch, k=1).values.round(3)
+      array([2.])
+
+    References:
+      Schraudolph, Fast curvature matrix-vector products for second-order gradient descent, Neural
+      Computation 14(7), 2002.
+      Martens, New insights and perspectives on the natural gradient method, arXiv 1412.1193, 2014.
+    """
+
+    model: Callable[[Any, Any], Any]
+    loss: Callable[[Any, Any], jax.Array]
+
+    def __call__(self, params: Any, batch: Any) -> jax.Array:
+        """The mean loss over the batch."""
+        return self.loss(self.model(params, batch), batch)
+
+
+def hvp(
+    fun: Callable[[Any, Any], jax.Array], params: Any, batches: Any, *, mask: Any = None
+) -> Callable[[Any], Any]:
     r"""Returns the function that multiplies the Hessian of the mean loss with a tangent.
 
     With n_b examples in batch b and N in all of them, the product is
@@ -21,20 +69,25 @@ def hvp(fun: Callable[[Any, Any], jax.Array], params: Any, batches: Any) -> Call
     the forward derivative of a gradient: about two gradients' time, about twice their memory, no matrix.
 
     Each shape of batch is compiled once; the loop over the batches runs in Python, with one batch's
-    temporaries on the device at a time. The products are summed over the batches by compensated (Kahan)
-    summation, in float32 or, for float64 params, in float64, so the error does not grow with their number.
+    temporaries on the device at a time. The gradient is linearized once for each batch. The results of one
+    batch, or of a list of batches while they take up to 256 MiB together, are kept for the next product;
+    others are computed again. The products are summed over the batches by compensated (Kahan) summation, in
+    float32 or, for float64 params, in float64, so the error does not grow with their number.
 
     Args:
       fun: `fun(params, batch)` is the mean loss over the batch, a real scalar, and depends on nothing else:
         use batch normalization's running statistics and a fixed dropout key, or none. A plain function is
         compiled anew by every call of `hvp`, because the variables that it closes over may have changed;
         a jitted one (`jax.jit(fun)`) promises that they have not, and stays compiled for the next call.
+        A `GaussNewton` of two functions gives products with the Gauss-Newton matrix.
       params: any pytree of real arrays.
       batches: either one batch: an array, a tuple, a dict, a NamedTuple or any other pytree that is not a
         list. Or many: a list of them, or an iterable that is no pytree and can be iterated again, such as
         a data loader, which must give the same examples in every pass. A batch of None or () suits a
         loss without data. A batch counts by its size: the length of the leading axis of its first leaf
-        that has one. Arrays in host memory are copied to the device for every product.
+        that has one.
+      mask: bools, a prefix pytree of `params` or a callable giving one: only these leaves' block of H. The
+        tangent's other leaves do not count, and the product is zero there.
 
     Returns:
       `product(tangent)`, from a pytree like `params` to another, of the same dtypes. It loops in Python,
@@ -43,7 +96,8 @@ def hvp(fun: Callable[[Any, Any], jax.Array], params: Any, batches: Any) -> Call
     Raises:
       TypeError: `fun` is not callable or returns no real scalar, a leaf of `params` is not real floating
         point, or `batches` is a generator or other iterator, which ends after one pass.
-      ValueError: there are no batches, one of them has no examples, or the tangent is unlike `params`.
+      ValueError: there are no batches, one of them has no examples, `mask` does not fit `params` or selects
+        nothing, or the tangent is unlike `params`.
       FloatingPointError: the product of a batch is not finite.
 
     Example:
@@ -62,80 +116,279 @@ def hvp(fun: Callable[[Any, Any], jax.Array], params: Any, batches: Any) -> Call
     References:
       Pearlmutter, Fast exact multiplication by the Hessian, Neural Computation 6(1), 1994.
     """
-    params = check_params(params)
-    mean_product = mean_hessian_product(fun, params, batches)
+    operator = Operator(fun, params, batches, mask=mask)
 
     def product(tangent: Any) -> Any:
-        _check_tangent(tangent, params)
-        return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), mean_product(tangent), params)
+        _check_tangent(tangent, operator.params)
+        return operator.unravel(operator.product(operator.ravel(tangent)))
 
     return product
 
 
-def mean_hessian_product(
-    fun: Callable[[Any, Any], jax.Array], params: Any, batches: Any
+def ggn_vp(
+    model: Callable[[Any, Any], Any],
+    loss: Callable[[Any, Any], jax.Array],
+    params: Any,
+    batches: Any,
+    *,
+    mask: Any = None,
 ) -> Callable[[Any], Any]:
-    """`hvp` for checked params, without its last cast: the product is in float32 at least."""
-    check_batches(batches)
-    if not callable(fun):
-        raise TypeError(f"fun: expected a function of params and a batch, got {fun!r}.")
-    add = _kept_step(fun) if isinstance(fun, jax.stages.Wrapped) else _new_step(fun)
-    zeros = jax.tree.map(
-        lambda p: jnp.zeros(p.shape, jnp.float64 if p.dtype == jnp.float64 else jnp.float32), params
-    )
+    """Returns the function that multiplies the Gauss-Newton matrix of the mean loss with a tangent.
 
-    def product(tangent: Any) -> Any:
-        sums, finite = (zeros, zeros), []
+    The same as `hvp(GaussNewton(model, loss), params, batches)`; every estimator takes a `GaussNewton` too.
+
+    Args:
+      model: `model(params, batch)` gives the outputs.
+      loss: `loss(outputs, batch)` is the mean loss over the batch, a real scalar.
+      params: as in `hvp`.
+      batches: as in `hvp`.
+      mask: as in `hvp`.
+
+    Returns:
+      `product(tangent)`, as `hvp` does.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from nso_jax import curvature
+      >>> product = curvature.ggn_vp(
+      ...     lambda w, x: x * w**2, lambda outputs, x: jnp.mean(outputs**2) / 2, jnp.array(3.0), jnp.ones(4)
+      ... )
+      >>> print(product(jnp.array(1.0)))  # (d w^2 / d w)^2; the Hessian is 3 w^2 * 2 = 54
+      36.0
+
+    References:
+      Schraudolph, Fast curvature matrix-vector products for second-order gradient descent, Neural
+      Computation 14(7), 2002.
+    """
+    return hvp(GaussNewton(model, loss), params, batches, mask=mask)
+
+
+class Operator:
+    """The Hessian, or Gauss-Newton matrix, of the mean loss over the data, for vectors of the chosen leaves.
+
+    Attributes:
+      params: the params, as JAX arrays.
+      flags: for each leaf, whether it is chosen.
+      size: how many entries a vector has.
+      dtype: of the products: float32, or float64 if a leaf is.
+      epsilon: relative rounding error of the products, that of the coarsest leaf.
+      num_products: how many have been made.
+    """
+
+    def __init__(
+        self,
+        fun: Callable[[Any, Any], jax.Array],
+        params: Any,
+        batches: Any,
+        *,
+        mask: Any = None,
+        chunk_size: int | None = None,
+        callback: Callable[[int], object] | None = None,
+    ) -> None:
+        check_batches(batches)
+        check_function(fun)
+        if chunk_size is not None:
+            check_count("chunk_size", chunk_size, 1)
+        self.params = check_params(params)
+        self.flags = tuple(chosen_leaves(mask, self.params))
+        self._chosen = _select(jax.tree.leaves(self.params), self.flags)
+        self.size = sum(leaf.size for leaf in self._chosen)
+        dtypes = {leaf.dtype for leaf in self._chosen}
+        self.dtype = np.dtype(np.float64 if np.dtype(np.float64) in dtypes else np.float32)
+        self.epsilon = max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
+        self.num_products = 0
+        self._batches = batches
+        self._steps = _kept_steps(fun, self.flags) if _stays(fun) else _new_steps(fun, self.flags)
+        self._kept: dict[int, tuple[int, Any]] = {}
+        self._chunk_size = chunk_size or (1 if on_cpu() else _CHUNK_SIZE)
+        self._callback = callback
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """The shape of each leaf; that of an empty array for those that are not chosen."""
+        leaves = jax.tree.leaves(self.params)
+        return [leaf.shape if flag else (0,) for leaf, flag in zip(leaves, self.flags, strict=True)]
+
+    def products(self, vectors: np.ndarray) -> np.ndarray:
+        """The products with vectors, a row for each, in float64 and host memory."""
+        # A vector, its product and the rounding error of that.
+        rows = max(self._chunk_size, _BLOCK_BYTES // (3 * self.dtype.itemsize * max(self.size, 1)))
+        images = np.empty((len(vectors), self.size))
+        for start in range(0, len(vectors), rows):
+            block = vectors[start : start + rows]
+            products = np.concatenate(jax.device_get(self._pass(block)))
+            images[start : start + rows] = products[: len(block)]
+        return images
+
+    def product(self, vector: jax.Array) -> jax.Array:
+        """The product with one vector, on the device."""
+        return self._pass(vector[None])[0][0]
+
+    def signs(self, key: jax.Array, first: int, count: int) -> np.ndarray:
+        """Random signs, a row for each of the probes from `first` on; a probe depends on its number alone."""
+        return np.stack([_signs(jax.random.fold_in(key, first + i), self.size) for i in range(count)])
+
+    def ravel(self, tree: Any) -> jax.Array:
+        """The chosen leaves of a pytree like params as one vector."""
+        return _ravel(_select(jax.tree.leaves(tree), self.flags), self.dtype)
+
+    def unravel(self, vector: Any) -> Any:
+        """A pytree like params with the entries of a vector, zero in the leaves that are not chosen."""
+        return _unravel(jnp.asarray(vector, self.dtype), self.params, self.flags)
+
+    def split(self, rows: np.ndarray) -> list[np.ndarray]:
+        """The stretch of the last axis that belongs to each leaf of params."""
+        ends = np.cumsum([int(np.prod(shape)) for shape in self.shapes])
+        return np.split(rows, ends[:-1], axis=-1)
+
+    def _pass(self, vectors: Any) -> list[jax.Array]:
+        """The products with a block of vectors, chunk by chunk, in one pass over the data."""
+        size = min(self._chunk_size, len(vectors))
+        padding = -len(vectors) % size  # one shape of chunk, one compilation
+        padded = jnp.asarray(np.pad(vectors, ((0, padding), (0, 0))) if padding else vectors, self.dtype)
+        chunks = [padded[i : i + size] for i in range(0, len(padded), size)]
+        sums: list[Any] = [(jnp.zeros_like(chunk), jnp.zeros_like(chunk)) for chunk in chunks]
         sizes: list[int] = []
-        for batch in _each(batches):
-            sizes.append(_size(batch, len(sizes)))
-            # Relative to the first batch, so that one batch or equal ones are not rounded once more.
-            sums, ok = add(sums, sizes[-1] / sizes[0], params, batch, tangent)
-            finite.append(ok)
-        if not sizes:
-            raise ValueError("batches is empty: its iteration gave no batch.")
+        finite: list[list[jax.Array]] = []
+        for batch_size, linear in self._linearizations():
+            sizes.append(batch_size)
+            finite.append([])
+            for i, chunk in enumerate(chunks):
+                # Relative to the first batch, so that one batch or equal ones are not rounded once more.
+                sums[i], ok = self._steps.add(sums[i], batch_size / sizes[0], self._chosen, linear, chunk)
+                finite[-1].append(ok)
         # Asked only now: waiting for each batch would leave the device idle between them.
-        if not all(jax.device_get(finite)):
-            index = [bool(ok) for ok in finite].index(False)
-            raise FloatingPointError(f"The Hessian-vector product of batches[{index}] is not finite.")
-        return _divide(sums[0], sum(sizes) / sizes[0])
+        for index, flags in enumerate(jax.device_get(finite)):
+            if not all(flags):
+                raise FloatingPointError(f"The Hessian-vector product of batches[{index}] is not finite.")
+        self.num_products += len(vectors)
+        if self._callback is not None:
+            self._callback(self.num_products)
+        return [_divide(total, sum(sizes) / sizes[0]) for total, _ in sums]
 
-    return product
+    def _linearizations(self) -> Iterator[tuple[int, Any]]:
+        """Each batch's size and linearized gradient, which is kept from the last pass where there is room."""
+        index = -1
+        for index, batch in enumerate(each(self._batches)):
+            if index in self._kept:
+                yield self._kept[index]
+                continue
+            found = batch_size(batch, index), self._steps.linearize(self.params, batch)
+            if self._may_keep(found[1]):
+                self._kept[index] = found
+            yield found
+        if index < 0:
+            raise ValueError("batches is empty: its iteration gave no batch.")
+
+    def _may_keep(self, linear: Any) -> bool:
+        """Whether there is room for one batch's linearization, which a loader may not give again."""
+        if not isinstance(self._batches, list):
+            return not _is_loader(self._batches)
+        kept = sum(_bytes(linear) for _, linear in self._kept.values())
+        return len(self._batches) == 1 or kept + _bytes(linear) <= _KEPT_BYTES
 
 
-def _hessian_product(fun: Callable[[Any, Any], jax.Array], params: Any, batch: Any, tangent: Any) -> Any:
-    """Forward over reverse: the gradient's directional derivative along the tangent."""
-    gradient = jax.grad(lambda weights: _checked_loss(fun(weights, batch)))
-    return jax.jvp(gradient, (params,), (tangent,))[1]
+class _Steps(NamedTuple):
+    """Compiled parts of a product."""
+
+    linearize: Callable[..., Any]
+    add: Callable[..., tuple[Any, jax.Array]]
 
 
-def _new_step(fun: Callable[[Any, Any], jax.Array]) -> Callable[..., Any]:
-    """Compiles `add`, which adds `weight` times a batch's product to the total of the batches before it."""
+def _new_steps(fun: Callable[[Any, Any], jax.Array], flags: tuple[bool, ...]) -> _Steps:
+    """Compiles the linearization of a batch, and the sum of its products and those of the batches before."""
 
     @jax.jit
-    def add(sums: Any, weight: jax.Array, params: Any, batch: Any, tangent: Any) -> tuple[Any, jax.Array]:
-        total, excess = sums  # excess: what the last rounding added too much
-        tangent = jax.tree.map(lambda t, p: jnp.asarray(t, p.dtype), tangent, params)
-        product = _hessian_product(fun, params, batch, tangent)
-        term = jax.tree.map(lambda h, e: weight * h.astype(e.dtype) - e, product, excess)
-        new_total = jax.tree.map(jnp.add, total, term)
-        excess = jax.tree.map(lambda new, old, added: (new - old) - added, new_total, total, term)
-        finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(product)]
-        return (new_total, excess), jnp.all(jnp.array(finite))
+    def linearize(params: Any, batch: Any) -> Any:
+        leaves, structure = jax.tree.flatten(params)
 
-    return add
+        def with_chosen(chosen: list[jax.Array]) -> Any:
+            moving = iter(chosen)
+            merged = [next(moving) if flag else leaf for leaf, flag in zip(leaves, flags, strict=True)]
+            return jax.tree.unflatten(structure, merged)
+
+        chosen = _select(leaves, flags)
+        if isinstance(fun, GaussNewton):
+            return _gauss_newton(fun, with_chosen, chosen, batch)
+        gradient = jax.grad(lambda chosen: _checked_loss(fun(with_chosen(chosen), batch)))
+        return jax.linearize(gradient, chosen)[1]
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def add(
+        sums: Any, weight: jax.Array, chosen: list[jax.Array], linear: Any, vectors: jax.Array
+    ) -> tuple[Any, jax.Array]:
+        total, excess = sums  # excess: what the last rounding added too much
+        product = jax.vmap(lambda v: _ravel(linear(_parts(v, chosen)), v.dtype))(vectors)
+        term = weight * product - excess
+        new_total = total + term
+        return (new_total, (new_total - total) - term), jnp.all(jnp.isfinite(product))
+
+    return _Steps(linearize, add)
 
 
 # For jitted functions only; few, because an entry keeps alive what its function closes over.
-_kept_step: Callable[[Any], Callable[..., Any]] = functools.lru_cache(maxsize=16)(_new_step)
+_kept_steps: Callable[..., _Steps] = functools.lru_cache(maxsize=16)(_new_steps)
+
+
+def _stays(fun: Any) -> bool:
+    """Whether a function promises to stay what it is, by being jitted."""
+    parts = fun if isinstance(fun, GaussNewton) else (fun,)
+    return all(isinstance(part, jax.stages.Wrapped) for part in parts)
+
+
+def _gauss_newton(fun: GaussNewton, with_chosen: Callable[..., Any], chosen: Any, batch: Any) -> Any:
+    """The linear function v -> J^T H J v."""
+    outputs, forward = jax.linearize(lambda chosen: fun.model(with_chosen(chosen), batch), chosen)
+    _, backward = jax.vjp(lambda chosen: fun.model(with_chosen(chosen), batch), chosen)
+    gradient = jax.grad(lambda outputs: _checked_loss(fun.loss(outputs, batch)))
+    _, curve = jax.linearize(gradient, outputs)
+    return jax.tree_util.Partial(_backward_curve_forward, backward, curve, forward)
+
+
+def _backward_curve_forward(backward: Any, curve: Any, forward: Any, tangent: Any) -> Any:
+    return backward(curve(forward(tangent)))[0]
+
+
+def _select(leaves: list[Any], flags: tuple[bool, ...]) -> list[Any]:
+    return [leaf for leaf, flag in zip(leaves, flags, strict=True) if flag]
+
+
+def _parts(vector: jax.Array, chosen: list[jax.Array]) -> list[jax.Array]:
+    """The stretches of a vector, in the shapes and dtypes of the chosen leaves."""
+    pieces = jnp.split(vector, np.cumsum([leaf.size for leaf in chosen])[:-1])
+    pairs = zip(pieces, chosen, strict=True)
+    return [piece.reshape(leaf.shape).astype(leaf.dtype) for piece, leaf in pairs]
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _ravel(leaves: list[Any], dtype: Any) -> jax.Array:
+    return jnp.concatenate([jnp.ravel(leaf).astype(dtype) for leaf in leaves])
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _unravel(vector: jax.Array, params: Any, flags: tuple[bool, ...]) -> Any:
+    leaves, structure = jax.tree.flatten(params)
+    parts = iter(_parts(vector, _select(leaves, flags)))
+    filled = [next(parts) if flag else jnp.zeros_like(leaf) for leaf, flag in zip(leaves, flags, strict=True)]
+    return jax.tree.unflatten(structure, filled)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _signs(key: jax.Array, size: int) -> jax.Array:
+    # In whole words of 32, which one draw of random bits fills.
+    return noise.rademacher(key, (-(-size // 32), 32), jnp.float32).ravel()[:size]
 
 
 @jax.jit
-def _divide(total: Any, weight: jax.Array) -> Any:
-    return jax.tree.map(lambda leaf: leaf / weight, total)
+def _divide(total: jax.Array, weight: jax.Array) -> jax.Array:
+    return total / weight
 
 
-def _each(batches: Any) -> Iterable[Any]:
+def _bytes(tree: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def each(batches: Any) -> Iterable[Any]:
     """The batches one after another, by the rule that `hvp` gives."""
     return batches if isinstance(batches, list) or _is_loader(batches) else [batches]
 
@@ -145,12 +398,30 @@ def _is_loader(batches: Any) -> bool:
     return no_pytree and isinstance(batches, Iterable) and not hasattr(batches, "shape")
 
 
-def _size(batch: Any, index: int) -> int:
+def batch_size(batch: Any, index: int) -> int:
     """The number of examples in a batch; 1 where no leaf has a leading axis."""
     shape = next((np.shape(leaf) for leaf in jax.tree.leaves(batch) if np.ndim(leaf)), (1,))
     if shape[0] == 0:
         raise ValueError(f"batches[{index}] has no examples: its first array has shape {shape}.")
     return int(shape[0])
+
+
+def orthogonalise(vectors: np.ndarray, basis: np.ndarray) -> np.ndarray:
+    """A vector, or rows of them, without what lies in the span of a basis with orthonormal rows."""
+    # Twice, because the first pass leaves rounding errors of the size of what it removed.
+    for _ in range(2):
+        vectors = vectors - (vectors @ basis.T) @ basis
+    return vectors
+
+
+def check_function(fun: Any) -> None:
+    """Raises TypeError for a loss, or a part of one, that is no function."""
+    if isinstance(fun, GaussNewton):
+        for name, part in zip(fun._fields, fun, strict=True):
+            if not callable(part):
+                raise TypeError(f"fun: expected a function as the {name} of a GaussNewton, got {part!r}.")
+    elif not callable(fun):
+        raise TypeError(f"fun: expected a function of params and a batch, got {fun!r}.")
 
 
 def check_batches(batches: Any) -> None:

@@ -1,0 +1,164 @@
+"""The spectral density of the Hessian of the mean loss: how many eigenvalues lie where."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from scipy.linalg import eigh_tridiagonal
+from scipy.stats import norm
+
+from nso_jax._checks import as_key, check_count
+from nso_jax.curvature.operators import Operator, check_tolerance, orthogonalise
+
+# Probes go side by side as long as their bases take no more than this together.
+_BASES_BYTES = 2**29
+
+
+class Density(NamedTuple):
+    """A smoothed density of eigenvalues, with what it was made from.
+
+    Attributes:
+      grid: eigenvalues, ascending, of shape (num_points,).
+      density: the share of eigenvalues per unit at each of them; its integral is 1.
+      standard_error: one standard deviation of `density`, from the differences between the probes.
+      width: standard deviation of the Gaussian that smooths the density.
+      nodes: Ritz values of each probe, of shape (num_probes, num_steps).
+      weights: the share of eigenvalues that each node stands for; a probe's add up to 1.
+      num_products: Hessian-vector products that it took.
+    """
+
+    grid: np.ndarray
+    density: np.ndarray
+    standard_error: np.ndarray
+    width: float
+    nodes: np.ndarray
+    weights: np.ndarray
+    num_products: int
+
+
+def spectral_density(
+    key: jax.Array,
+    fun: Callable[[Any, Any], jax.Array],
+    params: Any,
+    batches: Any,
+    *,
+    num_probes: int = 10,
+    num_steps: int = 64,
+    width: float | None = None,
+    num_points: int = 1000,
+    mask: Any = None,
+    chunk_size: int | None = None,
+    callback: Callable[[int], object] | None = None,
+) -> Density:
+    """Estimates the density of the eigenvalues of the Hessian H of the mean loss, with its error band.
+
+    Stochastic Lanczos quadrature: m steps of Lanczos' method from a random vector v of signs give a
+    tridiagonal T with eigenvalues theta_k and eigenvectors s_k. With n eigenvalues lambda_i in all,
+
+        (1/n) sum_i g(lambda_i)  =  E[v^T g(H) v] / n  ~  mean over probes of  sum_k s_k[0]^2 g(theta_k),
+
+    exact for polynomials g of degree up to 2m - 1 but for the probes' noise. The density has for g a Gaussian
+    of standard deviation `width` around each point of the grid.
+
+    All orthogonal bases are kept in host memory in float64, 8 bytes for each parameter and step, for several
+    probes at once while they fit into 512 MiB.
+
+    Args:
+      key: PRNG key. Probe j depends on the key and on j alone.
+      fun: the loss, or a `GaussNewton`, as in `trace`.
+      params: any pytree of real arrays.
+      batches: one batch, or a list or other re-iterable of batches, by the rule of `hvp`.
+      num_probes: random vectors, at least 2 for an error; the error falls with their square root.
+      num_steps: m, products for each probe. More resolve the dense part better; the outermost eigenvalues
+        are sharp after a few dozen.
+      width: of the Gaussian, in units of the eigenvalues. Finer details than that are not shown. None: 1 % of
+        the range of the nodes.
+      num_points: points of the grid, which reaches four widths beyond the outermost nodes.
+      mask: bools, a prefix pytree of `params` or a callable giving one: only these leaves' block of H.
+      chunk_size: probes multiplied side by side by vmap. None: one on CPU, where more are slower, else 8.
+      callback: called with the number of products so far, whenever some are done: for a progress bar.
+
+    Returns:
+      A `Density`. Where the density is far below its error, read it as zero.
+
+    Raises:
+      TypeError: `key` is not a PRNG key, or `fun`, `params` or `batches` is none that `hvp` takes.
+      ValueError: `num_probes` or `num_points` is less than 2, `num_steps` less than 1, `width` not positive,
+        or `mask` does not fit `params` or selects nothing.
+      FloatingPointError: the product of a batch is not finite.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import numpy as np
+      >>> from nso_jax import curvature
+      >>> def loss(params, batch):
+      ...     return jnp.mean((batch @ params["w"]) ** 2) / 2
+      >>> params, batch = {"w": jnp.zeros(3)}, jnp.diag(jnp.array([3.0, 6.0, 9.0]))
+      >>> density = curvature.spectral_density(jax.random.key(0), loss, params, batch)
+      >>> density.nodes[0].round(3)
+      array([ 3., 12., 27.])
+      >>> float(np.trapezoid(density.density, density.grid).round(3))
+      1.0
+
+    References:
+      Ubaru, Chen, Saad, Fast estimation of tr(f(A)) via stochastic Lanczos quadrature, SIAM Journal on
+      Matrix Analysis and Applications 38(4), 2017.
+      Ghorbani, Krishnan, Xiao, An Investigation into Neural Net Optimization via Hessian Eigenvalue Density,
+      arXiv 1901.10159, 2019.
+    """
+    key = as_key(key)
+    check_count("num_probes", num_probes, 2)
+    check_count("num_steps", num_steps, 1)
+    check_count("num_points", num_points, 2)
+    if width is not None:
+        check_tolerance("width", width)
+    operator = Operator(fun, params, batches, mask=mask, chunk_size=chunk_size, callback=callback)
+    steps = min(num_steps, operator.size)
+    together = max(1, _BASES_BYTES // (8 * operator.size * steps))
+    quadratures = []
+    for first in range(0, num_probes, together):
+        probes = operator.signs(key, first, min(together, num_probes - first))
+        quadratures += [
+            _quadrature(*entries) for entries in zip(*_lanczos(operator, probes, steps), strict=True)
+        ]
+    nodes, weights = map(np.stack, zip(*quadratures, strict=True))
+    if width is None:
+        width = 0.01 * float(np.ptp(nodes) or np.abs(nodes).max() or 1)
+    grid = np.linspace(nodes.min() - 4 * width, nodes.max() + 4 * width, num_points)
+    densities = np.stack([w @ norm.pdf(grid, x[:, None], width) for x, w in zip(nodes, weights, strict=True)])
+    error = densities.std(axis=0, ddof=1) / np.sqrt(num_probes)
+    return Density(grid, densities.mean(axis=0), error, width, nodes, weights, operator.num_products)
+
+
+def _lanczos(operator: Operator, probes: np.ndarray, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """The diagonals and off-diagonals of the tridiagonal matrices of some start vectors, a row for each.
+
+    Where a basis spans an invariant subspace, zeros follow; they have no weight in the quadrature.
+    """
+    diagonals, off_diagonals = np.zeros((len(probes), steps)), np.zeros((len(probes), steps - 1))
+    bases = np.empty((len(probes), steps, operator.size))
+    vectors = probes / np.linalg.norm(probes, axis=1, keepdims=True)
+    scales = np.zeros(len(probes))
+    for step in range(steps):
+        bases[:, step] = vectors
+        images = operator.products(vectors)
+        diagonals[:, step] = np.sum(vectors * images, axis=1)
+        if step == steps - 1:
+            break
+        scales = np.maximum(scales, np.linalg.norm(images, axis=1))
+        rest = np.stack([orthogonalise(*pair) for pair in zip(images, bases[:, : step + 1], strict=True)])
+        norms = np.linalg.norm(rest, axis=1)
+        goes_on = norms > 10 * operator.epsilon * scales
+        if not goes_on.any():
+            break
+        off_diagonals[:, step] = np.where(goes_on, norms, 0)
+        vectors = np.where(goes_on[:, None], rest / np.where(goes_on, norms, 1)[:, None], 0)
+    return diagonals, off_diagonals
+
+
+def _quadrature(diagonal: np.ndarray, off_diagonal: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The nodes and weights of Gauss' rule that belongs to a tridiagonal matrix."""
+    nodes, vectors = eigh_tridiagonal(diagonal, off_diagonal)
+    return nodes, vectors[0] ** 2
