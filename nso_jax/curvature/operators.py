@@ -200,6 +200,7 @@ class Operator:
         self._batches = batches
         self._steps = _kept_steps(fun, self.flags) if _stays(fun) else _new_steps(fun, self.flags)
         self._kept: dict[int, tuple[int, Any]] = {}
+        self._kept_bytes = 0
         self._chunk_size = chunk_size or (1 if on_cpu() else _CHUNK_SIZE)
         self._callback = callback
 
@@ -226,7 +227,8 @@ class Operator:
 
     def signs(self, key: jax.Array, first: int, count: int) -> np.ndarray:
         """Random signs, a row for each of the probes from `first` on; a probe depends on its number alone."""
-        return np.stack([_signs(jax.random.fold_in(key, first + i), self.size) for i in range(count)])
+        rows = [_signs(jax.random.fold_in(key, first + i), self.size) for i in range(count)]
+        return np.stack(rows, dtype=np.float64)
 
     def ravel(self, tree: Any) -> jax.Array:
         """The chosen leaves of a pytree like params as one vector."""
@@ -274,18 +276,18 @@ class Operator:
                 yield self._kept[index]
                 continue
             found = batch_size(batch, index), self._steps.linearize(self.params, batch)
-            if self._may_keep(found[1]):
+            if self._may_keep(size := _bytes(found[1])):
                 self._kept[index] = found
+                self._kept_bytes += size
             yield found
         if index < 0:
             raise ValueError("batches is empty: its iteration gave no batch.")
 
-    def _may_keep(self, linear: Any) -> bool:
-        """Whether there is room for one batch's linearization, which a loader may not give again."""
+    def _may_keep(self, size: int) -> bool:
+        """Whether there is room for one more batch's linearization, which a loader may not give again."""
         if not isinstance(self._batches, list):
             return not _is_loader(self._batches)
-        kept = sum(_bytes(linear) for _, linear in self._kept.values())
-        return len(self._batches) == 1 or kept + _bytes(linear) <= _KEPT_BYTES
+        return len(self._batches) == 1 or self._kept_bytes + size <= _KEPT_BYTES
 
 
 class _Steps(NamedTuple):
@@ -311,7 +313,7 @@ def _new_steps(fun: Callable[[Any, Any], jax.Array], flags: tuple[bool, ...]) ->
         if isinstance(fun, GaussNewton):
             return _gauss_newton(fun, with_chosen, chosen, batch)
         gradient = jax.grad(lambda chosen: _checked_loss(fun(with_chosen(chosen), batch)))
-        return jax.linearize(gradient, chosen)[1]
+        return _linearize(gradient, chosen)[1]
 
     @functools.partial(jax.jit, donate_argnums=0)
     def add(
@@ -338,11 +340,16 @@ def _stays(fun: Any) -> bool:
 
 def _gauss_newton(fun: GaussNewton, with_chosen: Callable[..., Any], chosen: Any, batch: Any) -> Any:
     """The linear function v -> J^T H J v."""
-    outputs, forward = jax.linearize(lambda chosen: fun.model(with_chosen(chosen), batch), chosen)
+    outputs, forward = _linearize(lambda chosen: fun.model(with_chosen(chosen), batch), chosen)
     _, backward = jax.vjp(lambda chosen: fun.model(with_chosen(chosen), batch), chosen)
     gradient = jax.grad(lambda outputs: _checked_loss(fun.loss(outputs, batch)))
-    _, curve = jax.linearize(gradient, outputs)
+    _, curve = _linearize(gradient, outputs)
     return jax.tree_util.Partial(_backward_curve_forward, backward, curve, forward)
+
+
+def _linearize(function: Callable[[Any], Any], at: Any) -> tuple[Any, Any]:
+    """`jax.linearize`, also where the derivative is zero, which leaks a tracer out of jit in jax 0.8."""
+    return jax.linearize(lambda x: jax.lax.optimization_barrier((function(x), x))[0], at)
 
 
 def _backward_curve_forward(backward: Any, curve: Any, forward: Any, tangent: Any) -> Any:

@@ -74,7 +74,7 @@ def spectral_density(
         are sharp after a few dozen.
       width: of the Gaussian, in units of the eigenvalues. Finer details than that are not shown. None: 1 % of
         the range of the nodes.
-      num_points: points of the grid, which reaches four widths beyond the outermost nodes.
+      num_points: points of the grid, which reaches five widths beyond the outermost nodes.
       mask: bools, a prefix pytree of `params` or a callable giving one: only these leaves' block of H.
       chunk_size: probes multiplied side by side by vmap. None: one on CPU, where more are slower, else 8.
       callback: called with the number of products so far, whenever some are done: for a progress bar.
@@ -126,7 +126,7 @@ def spectral_density(
     nodes, weights = map(np.stack, zip(*quadratures, strict=True))
     if width is None:
         width = 0.01 * float(np.ptp(nodes) or np.abs(nodes).max() or 1)
-    grid = np.linspace(nodes.min() - 4 * width, nodes.max() + 4 * width, num_points)
+    grid = np.linspace(nodes.min() - 5 * width, nodes.max() + 5 * width, num_points)
     densities = np.stack([w @ norm.pdf(grid, x[:, None], width) for x, w in zip(nodes, weights, strict=True)])
     error = densities.std(axis=0, ddof=1) / np.sqrt(num_probes)
     return Density(grid, densities.mean(axis=0), error, width, nodes, weights, operator.num_products)

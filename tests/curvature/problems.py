@@ -1,0 +1,133 @@
+"""Losses with dense Hessians, which are exact and small, for all tests of the curvature package."""
+
+import functools
+import itertools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+
+KEY = jax.random.key(0)
+
+
+def mlp_logits(params, x):
+    first, second = params["layers"]
+    hidden = jnp.tanh(x @ first["w"] + first["b"][None])
+    return params["scale"] * (hidden @ second["w"])
+
+
+def softmax_loss(logits, batch):
+    return -jnp.mean(jnp.sum(jax.nn.log_softmax(logits) * batch[1], axis=1))
+
+
+@jax.jit  # so that its product is compiled once for each shape, not once for each test
+def mlp_loss(params, batch):
+    return softmax_loss(mlp_logits(params, batch[0]), batch)
+
+
+def mlp(dtype):
+    """A network with every kind of leaf: 25 weights, nested, with a None, a scalar and an empty array."""
+    rng = np.random.default_rng(0)
+    params = {
+        "layers": [
+            {"w": jnp.asarray(rng.normal(size=(3, 4)), dtype), "b": jnp.asarray(rng.normal(size=4), dtype)},
+            {"w": jnp.asarray(rng.normal(size=(4, 2)), dtype), "b": None},
+        ],
+        "scale": jnp.asarray(1.5, dtype),
+        "unused": jnp.zeros((0, 3), dtype),
+    }
+    x = jnp.asarray(rng.normal(size=(30, 3)), dtype)
+    y = jnp.asarray(np.eye(2)[rng.integers(2, size=30)], dtype)
+    return params, (x, y)
+
+
+FIRST_LAYER = slice(0, 16)  # where its weights stand in the dense Hessian of `mlp`
+
+
+def dense(fun, params, batch):
+    flat, unravel = ravel_pytree(params)
+    return np.asarray(jax.jit(jax.hessian(lambda w: fun(unravel(w), batch)))(flat), np.float64)
+
+
+@functools.cache
+def exact_mlp_hessian(dtype):
+    """In float64, of the weights and the data as they are once rounded to `dtype`."""
+    with jax.enable_x64(True):
+        return dense(mlp_loss, *jax.tree.map(lambda x: x.astype(jnp.float64), mlp(dtype)))
+
+
+def flat(tree):
+    return np.asarray(ravel_pytree(tree)[0], np.float64)
+
+
+def random_tangent(params, seed=1):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), params)
+
+
+@jax.jit
+def quadratic(params, matrix):
+    return params @ matrix @ params / 2
+
+
+def symmetric(spectrum):
+    """A dense matrix with these eigenvalues."""
+    basis, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(len(spectrum), len(spectrum))))
+    return jnp.asarray(basis @ np.diag(spectrum) @ basis.T)
+
+
+def split(batch, *sizes):
+    ends = itertools.accumulate(sizes, initial=0)
+    return [jax.tree.map(lambda x, a=a, b=b: x[a:b], batch) for a, b in itertools.pairwise(ends)]
+
+
+class Loader:
+    """An iterable that is no pytree, like a data loader; it counts its passes."""
+
+    def __init__(self, batches):
+        self.batches = batches
+        self.passes = 0
+
+    def __iter__(self):
+        self.passes += 1
+        return iter(self.batches)
+
+
+class Batch(NamedTuple):
+    x: jax.Array
+    y: jax.Array
+
+
+@jax.jit
+def network_loss(params, batch):
+    x, y = batch
+    logits = jax.nn.relu(x @ params["w1"] + params["b1"][None]) @ params["w2"] + params["b2"][None]
+    return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(len(y)), y])
+
+
+@functools.cache
+def network():
+    """A network of 2,410 weights, trained on 100 handwritten digits, in float64."""
+    digits = pytest.importorskip("sklearn.datasets").load_digits()
+    with jax.enable_x64(True):
+        batch = jnp.asarray(digits.data[:100] / 16), jnp.asarray(digits.target[:100])
+        rng = np.random.default_rng(0)
+        params = {
+            "w1": jnp.asarray(rng.normal(size=(64, 32)) / 8),
+            "b1": jnp.zeros(32),
+            "w2": jnp.asarray(rng.normal(size=(32, 10)) / 6),
+            "b2": jnp.zeros(10),
+        }
+        gradient = jax.jit(jax.grad(network_loss))
+        for _ in range(60):
+            params = jax.tree.map(lambda w, g: w - 0.3 * g, params, gradient(params, batch))
+        return params, batch
+
+
+@functools.cache
+def exact_network_hessian():
+    with jax.enable_x64(True):
+        return dense(network_loss, *network())
