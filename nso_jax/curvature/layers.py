@@ -351,7 +351,7 @@ def _output_matrix(key: jax.Array, block: _Block, size: int, epsilon: float) -> 
         return _tapped(block.model, block.position, shifted["params"], batch, shift)[0]
 
     zeros = jnp.zeros(size, _tap_dtype(block.leaf))
-    fun: Any = block.fun._replace(model=model) if isinstance(block.fun, GaussNewton) else model
+    fun: Any = dataclasses.replace(block.fun, model=model) if isinstance(block.fun, GaussNewton) else model
     operator = Operator(
         fun,
         {"common": zeros, "params": block.params, "signed": zeros},

@@ -1,5 +1,6 @@
 """Products of the Hessian or the Gauss-Newton matrix with vectors, and checks that every estimator shares."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -20,7 +21,8 @@ _BLOCK_BYTES = 2**29
 _CHUNK_SIZE = 8
 
 
-class GaussNewton(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class GaussNewton:
     """A loss in two parts: as `fun` of an estimator it stands for the Gauss-Newton matrix.
 
     That is the mean of `J^T H J` over the batches, J being the derivative of the model's outputs by the
@@ -334,7 +336,7 @@ _kept_steps: Callable[..., _Steps] = functools.lru_cache(maxsize=16)(_new_steps)
 
 def _stays(fun: Any) -> bool:
     """Whether a function promises to stay what it is, by being jitted."""
-    parts = fun if isinstance(fun, GaussNewton) else (fun,)
+    parts = (fun.model, fun.loss) if isinstance(fun, GaussNewton) else (fun,)
     return all(isinstance(part, jax.stages.Wrapped) for part in parts)
 
 
@@ -424,7 +426,7 @@ def orthogonalise(vectors: np.ndarray, basis: np.ndarray) -> np.ndarray:
 def check_function(fun: Any) -> None:
     """Raises TypeError for a loss, or a part of one, that is no function."""
     if isinstance(fun, GaussNewton):
-        for name, part in zip(fun._fields, fun, strict=True):
+        for name, part in (("model", fun.model), ("loss", fun.loss)):
             if not callable(part):
                 raise TypeError(f"fun: expected a function as the {name} of a GaussNewton, got {part!r}.")
     elif not callable(fun):

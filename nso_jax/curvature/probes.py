@@ -203,7 +203,7 @@ class _Overlaps(NamedTuple):
     @classmethod
     def sum(cls, parts: list["_Overlaps"]) -> "_Overlaps":
         """Over the entries of all parts."""
-        return cls(*(sum(fields) for fields in zip(*parts, strict=True)))
+        return cls(*(np.sum(fields, axis=0) for fields in zip(*parts, strict=True)))
 
 
 class _Pairs(NamedTuple):

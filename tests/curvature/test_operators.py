@@ -151,7 +151,7 @@ def test_gauss_newton_product_is_that_of_the_dense_matrix(sizes):
     fun = curvature.GaussNewton(lambda params, batch: mlp_logits(params, batch[0]), softmax_loss)
     np.testing.assert_allclose(fun(params, batch), mlp_loss(params, batch), rtol=1e-12)
     tangent, batches = random_tangent(params), split(batch, *sizes)
-    result = curvature.ggn_vp(*fun, params, batches)(tangent)
+    result = curvature.ggn_vp(fun.model, fun.loss, params, batches)(tangent)
     np.testing.assert_allclose(flat(result), matrix @ flat(tangent), rtol=0, atol=1e-12)
     pairs = curvature.eigenvalues(KEY, fun, params, batches, k=3)
     np.testing.assert_allclose(pairs.values, np.linalg.eigvalsh(matrix)[:-4:-1], atol=1e-10)
