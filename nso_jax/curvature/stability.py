@@ -92,6 +92,7 @@ def noise_stability_gap(
     sigmas: Sequence[float],
     num_samples: int = 16,
     num_products: int = 100,
+    method: str = "xtrace",
     sampler: noise.Sampler = noise.normal,
     mask: Any = None,
     callback: Callable[[int], object] | None = None,
@@ -121,6 +122,7 @@ def noise_stability_gap(
       num_samples: draws k, at least 2, each of two evaluations for each sigma. 16 of them know the standard
         error to a fifth.
       num_products: Hessian-vector products for the trace, as in `trace`.
+      method: of the trace, as in `trace`; "hutchinson" needs no memory for its products.
       sampler: `sampler(key, shape, dtype)` of unit variance, as in `nso_jax.value_and_grad`. With
         `noise.rademacher` the diagonal of H enters without variance.
       mask: bools, a prefix pytree of `params` or a callable giving one: only these leaves get noise, and
@@ -167,6 +169,7 @@ def noise_stability_gap(
         batches,
         num_samples=num_samples,
         num_products=num_products,
+        method=method,
         sampler=sampler,
         mask=mask,
         callback=callback,
@@ -184,6 +187,7 @@ def suggest_sigma(
     tolerance: float = 0.5,
     num_samples: int = 16,
     num_products: int = 100,
+    method: str = "xtrace",
     sampler: noise.Sampler = noise.normal,
     mask: Any = None,
 ) -> SigmaSuggestion:
@@ -215,6 +219,7 @@ def suggest_sigma(
         the share.
       num_samples: draws, as in `noise_stability_gap`.
       num_products: Hessian-vector products for the trace, as in `trace`.
+      method: of the trace, as in `trace`; "hutchinson" needs no memory for its products.
       sampler: noise of unit variance, as in `noise_stability_gap`; the one to train with.
       mask: the leaves that get noise, as in `noise_stability_gap`.
 
@@ -253,6 +258,7 @@ def suggest_sigma(
         batches,
         num_samples=num_samples,
         num_products=num_products,
+        method=method,
         sampler=sampler,
         mask=mask,
     )
@@ -303,6 +309,7 @@ def _prepare(
     *,
     num_samples: int,
     num_products: int,
+    method: str,
     sampler: noise.Sampler,
     mask: Any,
     callback: Callable[[int], object] | None = None,
@@ -315,7 +322,8 @@ def _prepare(
     flags = tuple(chosen_leaves(mask, params))
     loss = fun.__call__ if isinstance(fun, GaussNewton) else fun
     trace_key, noise_key = jax.random.split(key)
-    estimate = trace(trace_key, loss, params, batches, num_products=num_products, mask=mask)
+    options = {"method": method, "num_products": num_products, "mask": mask}
+    estimate = trace(trace_key, loss, params, batches, **options)
     draw = functools.partial(_draw, noise_key, sampler=sampler, flags=flags)
     return _Problem(_compiled(loss), draw, params, flags, batches, num_samples, callback), estimate
 
