@@ -18,6 +18,7 @@ from benchmarks import data, demo, files, measuring, methods, report, table
 
 ROOT = Path(__file__).parents[2]
 FILES = {"results.json", "table.md", "training.png", "surface.png"}
+NETWORKS = {f"{name}.safetensors" for name in cli.METHODS}
 STEPS = 3
 
 
@@ -32,7 +33,7 @@ def output(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         # The measuring of a real run would take most of the time.
         patch.setattr(measuring, "SLICE_DISTANCES", {"random": [-1.0, 0.0, 1.0], "eigenvector": [-0.5, 0.5]})
-        patch.setattr(demo, "Settings", functools.partial(demo.Settings, point_probes=2, final_probes=4))
+        patch.setattr(demo, "Settings", functools.partial(demo.Settings, point_products=4, final_products=4))
         assert cli.main(["demo", "--steps", str(STEPS), "--seeds", "2", "--out", str(folder)]) == 0
     return folder
 
@@ -43,7 +44,7 @@ def results(output):
 
 
 def test_all_files_are_written_and_nothing_else(output):
-    assert {path.name for path in output.iterdir()} == FILES
+    assert {path.name for path in output.iterdir()} == FILES | NETWORKS
     for path in output.glob("*.png"):
         assert path.read_bytes().startswith(b"\x89PNG")
         assert path.stat().st_size < 150_000
@@ -99,6 +100,9 @@ def test_publish_copies_to_the_results_and_the_readme(output, results, tmp_path,
     assert cli.main(["publish", "--out", str(output)]) == 0
     assert json.loads((tmp_path / "demo.json").read_text()) == results
     assert (tmp_path / "demo-surface.png").read_bytes() == (output / "surface.png").read_bytes()
+    for method in ("sgd", "nso"):
+        published = (tmp_path / f"demo-{method}.safetensors").read_bytes()
+        assert published == (output / f"{method}.safetensors").read_bytes()
     text = cli.README.read_text()
     assert table.markdown(results) in text
     assert "old" not in text
@@ -200,7 +204,7 @@ def _results(values, errors):
         "num_test": 1000,
         "gradient_evaluations": 2400,
         "batch_size": 50,
-        "final_probes": 100,
+        "final_products": 100,
     }
     return {"machine": {"device": "cpu", "cpu_count": 2}, "settings": settings, "runs": runs}
 

@@ -28,10 +28,9 @@ def mlp_loss(params, batch):
     return softmax_loss(mlp_logits(params, batch[0]), batch)
 
 
-def mlp(dtype):
-    """A network with every kind of leaf: 25 weights, nested, with a None, a scalar and an empty array."""
-    rng = np.random.default_rng(0)
-    params = {
+def mlp_params(rng, dtype):
+    """Every kind of leaf: 25 weights, nested, with a None, a scalar and an empty array."""
+    return {
         "layers": [
             {"w": jnp.asarray(rng.normal(size=(3, 4)), dtype), "b": jnp.asarray(rng.normal(size=4), dtype)},
             {"w": jnp.asarray(rng.normal(size=(4, 2)), dtype), "b": None},
@@ -39,6 +38,12 @@ def mlp(dtype):
         "scale": jnp.asarray(1.5, dtype),
         "unused": jnp.zeros((0, 3), dtype),
     }
+
+
+def mlp(dtype):
+    """A network and its data."""
+    rng = np.random.default_rng(0)
+    params = mlp_params(rng, dtype)
     x = jnp.asarray(rng.normal(size=(30, 3)), dtype)
     y = jnp.asarray(np.eye(2)[rng.integers(2, size=30)], dtype)
     return params, (x, y)
@@ -79,9 +84,14 @@ def symmetric(spectrum):
     return jnp.asarray(basis @ np.diag(spectrum) @ basis.T)
 
 
+def cut(batch, start, stop):
+    """Some examples, with the scalars that they share."""
+    return jax.tree.map(lambda x: x[start:stop] if x.ndim else x, batch)
+
+
 def split(batch, *sizes):
     ends = itertools.accumulate(sizes, initial=0)
-    return [jax.tree.map(lambda x, a=a, b=b: x[a:b], batch) for a, b in itertools.pairwise(ends)]
+    return [cut(batch, a, b) for a, b in itertools.pairwise(ends)]
 
 
 class Loader:

@@ -9,20 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
+from problems import KEY, cut, mlp_logits, mlp_params, softmax_loss, split
 
 from nso_jax.curvature import GaussNewton
 from nso_jax.curvature.bounds import _new_measure, _signs, pac_bayes_bound
 
-KEY = jax.random.key(0)
 bound_of = functools.partial(pac_bayes_bound, KEY)
 
 
 @jax.jit  # so that it is compiled once for each shape, not once for each test
 def network(params, batch):
-    x, y = batch["x"], batch["y"]
-    first, second = params["layers"]
-    logits = params["scale"] * (jnp.tanh(x @ first["w"] + first["b"][None]) @ second["w"])
-    return -jnp.mean(batch["weight"] * jnp.sum(jax.nn.log_softmax(logits) * y, axis=1))
+    logits = mlp_logits(params, batch["x"])
+    return batch["weight"] * softmax_loss(logits, (None, batch["y"]))
 
 
 @jax.jit
@@ -34,14 +32,7 @@ def separable(params, batch):
 def problem(dtype):
     """A network with every kind of leaf, a start for it, and data with a leaf that the examples share."""
     rng = np.random.default_rng(0)
-    params = {
-        "layers": [
-            {"w": jnp.asarray(rng.normal(size=(3, 4)), dtype), "b": jnp.asarray(rng.normal(size=4), dtype)},
-            {"w": jnp.asarray(rng.normal(size=(4, 2)), dtype), "b": None},
-        ],
-        "scale": jnp.asarray(1.5, dtype),
-        "unused": jnp.zeros((0, 3), dtype),
-    }
+    params = mlp_params(rng, dtype)
     initial = jax.tree.map(lambda leaf: leaf + jnp.asarray(rng.normal(size=leaf.shape), dtype), params)
     batch = {
         "weight": jnp.asarray(2.0, dtype),
@@ -57,15 +48,6 @@ def diagonal_problem(dtype):
         {name: jnp.asarray(rng.normal(size=5), dtype) for name in ("w", "v")} for _ in range(2)
     )
     return params, initial, jnp.asarray(rng.normal(size=(12, 5)), dtype)
-
-
-def cut(batch, start, stop):
-    return jax.tree.map(lambda x: x[start:stop] if x.ndim else x, batch)
-
-
-def split(batch, *sizes):
-    ends = itertools.accumulate(sizes, initial=0)
-    return [cut(batch, a, b) for a, b in itertools.pairwise(ends)]
 
 
 def leaf_blocks(params):

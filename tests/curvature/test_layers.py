@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.ad_checkpoint import checkpoint_name
+from problems import KEY, softmax_loss
 
 from nso_jax.curvature import GaussNewton, layers
 from nso_jax.curvature.layers import layer_structure, subspace_overlap
 
-KEY = jax.random.key(0)
 IN, OUT, CLASSES, EXAMPLES = 5, 4, 3, 40
 
 
@@ -28,10 +28,6 @@ def network(dtype=jnp.float64):
     x = jnp.asarray(rng.normal(size=(EXAMPLES, IN)) + 0.5, dtype)
     y = jnp.asarray(np.eye(CLASSES)[rng.integers(CLASSES, size=EXAMPLES)], dtype)
     return params, (x, y)
-
-
-def cross_entropy(logits, batch):
-    return -jnp.mean(jnp.sum(jax.nn.log_softmax(logits) * batch[1], axis=1))
 
 
 # One dense layer, in every form that leaves it one: `x` is a batch, `w` is (in, out) or (out, in).
@@ -81,7 +77,7 @@ def model(params, batch, dense=plain):
     return hidden @ params["second"]["w"]
 
 
-FUN = GaussNewton(jax.jit(model), jax.jit(cross_entropy))  # compiled once for all tests
+FUN = GaussNewton(jax.jit(model), jax.jit(softmax_loss))  # compiled once for all tests
 
 
 def measure(fun, params, batches, leaf, **options):
@@ -213,7 +209,7 @@ def test_plain_loss_has_the_hessian_by_the_outputs():
     params, batch = network()
 
     def loss(params, batch):
-        return cross_entropy(model(params, batch), batch)
+        return softmax_loss(model(params, batch), batch)
 
     def example_loss(z, y):
         return -jnp.sum(jax.nn.log_softmax(jnp.tanh(z) @ params["second"]["w"]) * y)
@@ -253,7 +249,7 @@ def test_mixed_precision_follows_the_cast():
     def half(w, x):
         return (x.astype(jnp.bfloat16) @ w.astype(jnp.bfloat16)).astype(jnp.float32)
 
-    fun = GaussNewton(functools.partial(model, dense=half), cross_entropy)
+    fun = GaussNewton(functools.partial(model, dense=half), softmax_loss)
     factors = measure(fun, params, batch, "['first']['w']", k=2, tol=1e-2).kronecker
     inputs, outputs, _ = exact("first")
     np.testing.assert_allclose(factors.input, inputs, rtol=0, atol=0.02 * np.linalg.norm(inputs))
@@ -397,7 +393,7 @@ def test_penalty_is_another_use():
     params, batch = network(jnp.float32)
 
     def loss(params, batch):
-        return cross_entropy(model(params, batch), batch) + 0.1 * jnp.sum(params["first"]["w"] ** 2)
+        return softmax_loss(model(params, batch), batch) + 0.1 * jnp.sum(params["first"]["w"] ** 2)
 
     structure = measure(loss, params, batch, "['first']['w']", k=1)
     assert structure.kronecker is None

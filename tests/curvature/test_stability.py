@@ -1,19 +1,18 @@
 """The gap against losses whose gap is known: quadratic, cubic and quartic ones."""
 
 import functools
-import itertools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from problems import KEY, Loader, split, symmetric
 
 from nso_jax import noise
 from nso_jax.curvature import GaussNewton
 from nso_jax.curvature.stability import noise_stability_gap, suggest_sigma
 
-KEY = jax.random.key(0)
 SIGMAS = [0.01, 0.1, 1.0]
 gap = functools.partial(noise_stability_gap, KEY)
 
@@ -35,11 +34,6 @@ def quartic(w, batch):
     return 1 + jnp.sum(w**2) / 2 + batch * jnp.sum(w**4)
 
 
-def symmetric(spectrum):
-    basis, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(len(spectrum), len(spectrum))))
-    return jnp.asarray(basis @ np.diag(spectrum) @ basis.T)
-
-
 def network(dtype):
     rng = np.random.default_rng(0)
     params = {
@@ -47,23 +41,6 @@ def network(dtype):
         "v": jnp.asarray(rng.normal(size=4), dtype),
     }
     return params, jnp.asarray(rng.normal(size=(30, 3)), dtype)
-
-
-def split(batch, *sizes):
-    ends = itertools.accumulate(sizes, initial=0)
-    return [batch[a:b] for a, b in itertools.pairwise(ends)]
-
-
-class Loader:
-    """An iterable that is no pytree; it counts its passes."""
-
-    def __init__(self, batches):
-        self.batches = batches
-        self.passes = 0
-
-    def __iter__(self):
-        self.passes += 1
-        return iter(self.batches)
 
 
 # The gap
