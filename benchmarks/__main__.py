@@ -36,12 +36,20 @@ BENCHMARKS = {
     "memory": Benchmark("memory that the averaged gradient takes beyond a plain one"),
     "communication": Benchmark("bytes that devices exchange in a training step", devices=8),
     "variance": Benchmark("variance of the averaged gradient, at equal cost", devices=8),
+    "curvature": Benchmark(
+        "how curved the loss of a saved network is: trace, eigenvalues, spectrum, layers, noise"
+    ),
+    "curvature-peers": Benchmark(
+        "what a trace and the top eigenvalues cost to a given true error, beside PyHessian and curvlinops"
+    ),
 }
 RESULTS = Path(__file__).parent / "results"
 PUBLISHED = {
     "results.json": "demo.json",
     "training.png": "demo-training.png",
     "surface.png": "demo-surface.png",
+    "sgd.safetensors": "demo-sgd.safetensors",
+    "nso.safetensors": "demo-nso.safetensors",
 }
 README = Path(__file__).parent.parent / "README.md"
 

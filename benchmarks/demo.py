@@ -12,7 +12,7 @@ from flax import nnx
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
-from benchmarks import data, measuring, methods, plots, report, table
+from benchmarks import checkpoints, data, measuring, methods, plots, report, table
 from benchmarks.methods import METHODS, Method
 from benchmarks.models import ConvNet
 
@@ -32,8 +32,8 @@ class Settings:
         wrong_labels: The share of them with a wrong label, so that it does harm to learn them by heart.
         batch_size: Images in a batch.
         num_points: How often to measure during training, at even distances.
-        point_probes: Random probes for the trace at each of these.
-        final_probes: Random probes for the trace at the end.
+        point_products: Hessian-vector products for the trace at each of these.
+        final_products: Hessian-vector products for the trace at the end.
     """
 
     methods: tuple[str, ...]
@@ -43,8 +43,8 @@ class Settings:
     wrong_labels: float = 0.2
     batch_size: int = 50
     num_points: int = 10
-    point_probes: int = 10
-    final_probes: int = 50
+    point_products: int = 10
+    final_products: int = 50
 
     @property
     def gradient_evaluations(self) -> int:
@@ -67,7 +67,8 @@ def demo(settings: Settings) -> dict[str, str | bytes]:
     """
     console = Console()
     with report.progress(console, "gradients") as progress:
-        text = table.to_json(run(settings, progress))
+        figures, networks = run(settings, progress)
+        text = table.to_json(figures)
         # Read back, so that the table and the pictures show exactly what the file says.
         results = json.loads(text)
         files: dict[str, str | bytes] = {
@@ -75,12 +76,13 @@ def demo(settings: Settings) -> dict[str, str | bytes]:
             "table.md": table.markdown(results),
             "training.png": plots.training(results),
             "surface.png": plots.surface(results),
+            **networks,
         }
     report.print_table(console, table, results)
     return files
 
 
-def run(settings: Settings, progress: Progress) -> dict[str, Any]:
+def run(settings: Settings, progress: Progress) -> tuple[dict[str, Any], dict[str, bytes]]:
     """Trains and measures with every method and seed.
 
     Args:
@@ -88,19 +90,19 @@ def run(settings: Settings, progress: Progress) -> dict[str, Any]:
         progress: Where to show how far it is.
 
     Returns:
-        All figures, ready for JSON.
+        All figures, ready for JSON; and the files of the networks of each method's first seed.
     """
     evaluations = settings.gradient_evaluations
     whole = progress.add_task("all trainings", total=evaluations * len(settings.methods) * settings.seeds)
     gauge = measuring.gauge(measuring.split_network(ConvNet(rngs=nnx.Rngs(0)))[0])
-    runs = []
+    runs, networks = [], {}
     for name in settings.methods:
         method = METHODS[name]
         step = compiled_step(method, settings)
         for seed in range(settings.seeds):
             present = progress.add_task(f"{name}, seed {seed}", total=evaluations)
             advance = functools.partial(_advance, progress, (whole, present))
-            figures = train(method, step, seed, settings=settings, gauge=gauge, advance=advance)
+            model, figures = train(method, step, seed, settings=settings, gauge=gauge, advance=advance)
             progress.remove_task(present)
             progress.console.print(
                 f"{name}, seed {seed}: test accuracy {100 * figures['test_accuracy']:.1f} %, "
@@ -108,9 +110,11 @@ def run(settings: Settings, progress: Progress) -> dict[str, Any]:
                 highlight=False,
             )
             runs.append({"method": name, "seed": seed, **figures})
+            if seed == 0:
+                networks[f"{name}.safetensors"] = checkpoints.save(model, _metadata(name, seed, settings))
     counts = {run["gradient_evaluations"] for run in runs}
     assert counts == {evaluations}, f"the methods took {counts} gradient evaluations"  # noqa: S101
-    return _describe(settings) | {"runs": runs}
+    return _describe(settings) | {"runs": runs}, networks
 
 
 def new_state(
@@ -154,7 +158,7 @@ def train(
     settings: Settings,
     gauge: measuring.Gauge,
     advance: Callable[[int], None],
-) -> dict[str, Any]:
+) -> tuple[nnx.Module, dict[str, Any]]:
     """Trains once and measures on the way and at the end.
 
     Args:
@@ -166,7 +170,7 @@ def train(
         advance: Called after every step with the number of gradients that it evaluated.
 
     Returns:
-        The figures at the end, and `curve`, those during training.
+        The network, and the figures at the end with `curve`, those during training.
     """
     split = data.digits(seed, settings.num_train, settings.wrong_labels)
     graphdef, state, key = new_state(method, settings, seed)
@@ -180,11 +184,12 @@ def train(
         jax.block_until_ready(state)
         seconds += time.perf_counter() - start
         done = point
-        network = measuring.split_network(nnx.merge(graphdef, state)[0])[1]
-        figures = measuring.measure_point(gauge, network, split, settings.point_probes)
+        model = nnx.merge(graphdef, state)[0]
+        network = measuring.split_network(model)[1]
+        figures = measuring.measure_point(gauge, network, split, settings.point_products)
         curve.append({"gradient_evaluations": done * method.gradients_per_step, **figures})
-    figures = measuring.measure_point(gauge, network, split, settings.final_probes)
-    return {
+    figures = measuring.measure_point(gauge, network, split, settings.final_products)
+    return model, {
         "gradient_evaluations": done * method.gradients_per_step,
         "seconds": seconds,
         **figures,
@@ -196,6 +201,17 @@ def train(
 def _points(num_steps: int, count: int) -> list[int]:
     """The steps after which to measure, the last one among them."""
     return sorted({max(1, round(num_steps * i / count)) for i in range(1, count + 1)})
+
+
+def _metadata(name: str, seed: int, settings: Settings) -> checkpoints.Metadata:
+    return checkpoints.Metadata(
+        network=ConvNet.__name__,
+        method=name,
+        seed=seed,
+        steps=settings.num_steps(METHODS[name]),
+        num_train=settings.num_train,
+        wrong_labels=settings.wrong_labels,
+    )
 
 
 def _describe(settings: Settings) -> dict[str, Any]:

@@ -60,12 +60,12 @@ def gauge(graphdef: nnx.GraphDef[Any]) -> Gauge:
     return Gauge(loss, accuracy)
 
 
-def measure_point(gauge: Gauge, network: Network, split: Split, num_probes: int) -> dict[str, float]:
+def measure_point(gauge: Gauge, network: Network, split: Split, num_products: int) -> dict[str, float]:
     """The figures followed over training: losses, test accuracy, the trace of the training loss's Hessian."""
     params, rest = network
     train, test, mislabelled = ((part, rest) for part in (split.train, split.test, split.mislabelled_test))
     # The same probes for all networks, so that differences between them are less noisy than each.
-    trace = curvature.trace(jax.random.key(0), gauge.loss, params, train, num_products=num_probes)
+    trace = curvature.trace(jax.random.key(0), gauge.loss, params, train, num_products=num_products)
     train_loss = float(gauge.loss(params, train))
     return {
         "test_accuracy": float(gauge.accuracy(params, test)),

@@ -56,7 +56,7 @@ def surface(results: dict[str, Any]) -> bytes:
 
 def _band(axes: Axes, name: str, x: list[float], values: list[list[float]], *, log: bool = False) -> None:
     """The mean over the first axis of `values`, geometric for a logarithmic axis, and what is around it."""
-    # An estimate from few probes can be negative, where a logarithm has none.
+    # An estimate from few products can be negative, where a logarithm has none.
     scaled = np.log(np.maximum(values, 1e-3)) if log else np.asarray(values)
     mean, deviation = scaled.mean(axis=0), scaled.std(axis=0, ddof=min(1, len(values) - 1))
     low, middle, high = (np.exp(y) if log else y for y in (mean - deviation, mean, mean + deviation))
@@ -65,13 +65,14 @@ def _band(axes: Axes, name: str, x: list[float], values: list[list[float]], *, l
     axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
-def finish(figure: Figure, labelled: Axes) -> bytes:
-    """The picture as PNG, in the style of all: light axes, and the legend of one of them below."""
+def finish(figure: Figure, labelled: Axes | None = None) -> bytes:
+    """The picture as PNG, in the style of all: light axes, and the legend of one of them, if any, below."""
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
-    handles, names = labelled.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
+    if labelled:
+        handles, names = labelled.get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=160, pil_kwargs={"optimize": True})
     return buffer.getvalue()

@@ -37,8 +37,8 @@ def caption(results: dict[str, Any]) -> str:
         "with as many wrong labels in both. "
         "Trace and largest eigenvalue: of the Hessian of the training loss over all training images, in "
         "evaluation mode. Its SE: the standard error of one seed's trace, from "
-        f"{settings['final_probes']} random probes. Seconds: to train one seed, without compiling and "
-        f"measuring, on {machine['cpu_count']} CPU cores ({machine['device']})."
+        f"{settings['final_products']} Hessian-vector products. Seconds: to train one seed, without "
+        f"compiling and measuring, on {machine['cpu_count']} CPU cores ({machine['device']})."
     )
 
 

@@ -29,6 +29,10 @@ _STEP = math.sqrt(2)
 _RUNGS = 4
 _BELOW = 2
 _MAX_EXTENSIONS = 8  # a factor of 2^16, up or down
+# The growth with sigma^2 is measured from a sigma so far below the start, and below a limit at least.
+_REFERENCE = 16
+_MARGIN = 8
+_CLEAR = 64  # roundings in the lowest gap, for a look further down
 # A limit counts as met where a measured gap uses up this much of it, more or less: for a gap that grows with
 # sigma^2, sigma is then right to 2.5 %.
 _CLOSE = 0.05
@@ -66,7 +70,7 @@ class SigmaSuggestion(NamedTuple):
     Attributes:
       sigma: the suggested standard deviation.
       limit: what forbids more: "share", the rise of the loss, or "quadratic", the end of the quadratic
-        picture.
+        picture: the gap does not grow with sigma^2.
       gap: the measured `E[f(W + U)] - f(W)` at `sigma`.
       standard_error: one standard deviation of `gap`.
       loss: f(W).
@@ -105,8 +109,10 @@ def noise_stability_gap(
         gap(sigma)  ~  (1/k) sum_j [ f(W + sigma U_j) + f(W - sigma U_j) ] / 2  -  f(W)
         gap(sigma)  =  sigma^2/2 Tr H + O(sigma^4).
 
-    Where the two agree, training with this noise is gradient descent with the trace as a regularizer. The
-    directions U_j are the same for every sigma, so the estimate is a smooth function of sigma.
+    Where the two agree, training with this noise is gradient descent with the trace as a regularizer. Kinks,
+    as of ReLU and max-pooling, add to the gap and not to the Hessian, which is taken between them: the gap of
+    a network of ReLUs can be several times the quadratic part at any sigma. The directions U_j are the same
+    for every sigma, so the estimate is a smooth function of sigma.
 
     The losses have the precision that `fun` gives them: in float32, a gap below 1e-6 of the loss is rounding.
     The noise is added in float32 (float64 for float64 leaves) and rounded once to the leaf's dtype, so
@@ -196,18 +202,22 @@ def suggest_sigma(
     That is the smallest sigma at which one of these is reached:
 
         share:      |gap(sigma)| = share |f(W)|
-        quadratic:  |gap(sigma) - sigma^2/2 Tr H| - 3 e(sigma) = tolerance |sigma^2/2 Tr H|,
+        quadratic:  |gap(sigma) - q(sigma)| - 3 e(sigma) = tolerance |q(sigma)|,
 
-    gap(sigma) being what `noise_stability_gap` measures and e(sigma) the standard error of the difference.
-    Beyond the first the noise drowns the loss; beyond the second it penalizes something else than the trace
-    of the Hessian. For a quadratic loss the result is `sqrt(2 share |f(W)| / |Tr H|)`. Where the trace does
-    not differ from zero by three standard errors, there is no quadratic picture to break, and only the share
-    counts.
+    gap(sigma) being what `noise_stability_gap` measures, q its growth with sigma^2 from the lowest sigma of
+    the table on, and e(sigma) the standard error of the difference. Beyond the first the noise drowns the
+    loss; beyond the second it penalizes something else than a curvature. For a quadratic loss the result is
+    `sqrt(2 share |f(W)| / |Tr H|)`. Where the trace or the lowest gap does not differ from zero by three
+    standard errors, there is no quadratic picture to break, and only the share counts.
+
+    For a smooth loss, `q = sigma^2/2 Tr H`. Kinks, as of ReLU and max-pooling, bend the loss on the average
+    over the noise where the Hessian, taken between them, is blind: there q can be several times that, which
+    `table` shows.
 
     A ladder of sigmas is measured with the same draws, starting where the trace puts the share, going up or
     down until the limit lies between two rungs. Interpolation and further measurements follow, until the
     limit is met to 5 %, which means 2.5 % of sigma for a gap that grows with its square. It takes three
-    passes over the data or more, of ten evaluations for each draw in all, beside the trace's.
+    passes over the data or more, of twelve evaluations for each draw in all, beside the trace's.
 
     Args:
       key: PRNG key, as in `noise_stability_gap`.
@@ -432,26 +442,40 @@ def _start(problem: _Problem, loss: float, estimate: Estimate, share: float) -> 
 
 def _used(gaps: _Gaps, *, estimate: Estimate, share: float, tolerance: float) -> dict[str, np.ndarray]:
     """How much of each limit is used up at each sigma: it is reached at 1."""
-    table = _table(gaps, estimate)
-    used = {"share": np.abs(table.gap) / (share * abs(table.loss))}
-    if abs(estimate.value) > _DOUBT * estimate.standard_error:
-        doubt = _DOUBT * np.hypot(table.standard_error, table.quadratic_standard_error) + gaps.rounding
-        unexplained = np.abs(table.gap - table.quadratic) - doubt
-        used["quadratic"] = unexplained / (tolerance * np.abs(table.quadratic))
+    mean = gaps.draws.mean(axis=1)
+    used = {"share": np.abs(mean) / (share * abs(gaps.loss))}
+    # Relative to the lowest sigma, with the same draws, so that most of their noise cancels.
+    growth = (gaps.sigma / gaps.sigma[0]) ** 2
+    expected = growth * mean[0]
+    is_curved = abs(estimate.value) > _DOUBT * estimate.standard_error
+    if is_curved and abs(mean[0]) > _DOUBT * _error(gaps.draws[0]):
+        excess = gaps.draws - np.outer(growth, gaps.draws[0])
+        doubt = _DOUBT * _error(excess) + gaps.rounding + growth * gaps.rounding[0]
+        used["quadratic"] = (np.abs(mean - expected) - doubt) / (tolerance * np.abs(expected))
     return used
+
+
+def _error(draws: np.ndarray) -> Any:
+    """The standard error of the mean over the last axis."""
+    return draws.std(axis=-1, ddof=1) / math.sqrt(draws.shape[-1])
 
 
 def _bracket(
     measure: Callable[[np.ndarray], _Gaps], used: Callable[[_Gaps], dict[str, np.ndarray]], start: float
 ) -> _Gaps:
     """Gaps on a ladder of sigmas that leaves the limits open at its lowest rung, and reaches one above it."""
-    gaps = measure(start * _STEP ** np.arange(-_BELOW, _RUNGS - _BELOW))
+    ladder = start * _STEP ** np.arange(-_BELOW, _RUNGS - _BELOW)
+    gaps = measure(np.append(start / _REFERENCE, ladder))
     for _ in range(_MAX_EXTENSIONS):
         reached = _reached(used(gaps))
         if not reached.any():
             rungs = gaps.sigma[-1] * _STEP ** np.arange(1, _RUNGS + 1)
-        elif reached[0]:
+        elif _too_low(gaps, reached):
+            if abs(gaps.draws[0].mean()) <= _CLEAR * gaps.rounding[0]:
+                break
             rungs = gaps.sigma[0] * _STEP ** np.arange(-_RUNGS, 0)
+        elif (steps := _steps_below(gaps, reached)) > 1:
+            rungs = gaps.sigma[np.argmax(reached)] * _STEP ** np.arange(1 - steps, 0)
         else:
             return gaps
         gaps = _merge(gaps, measure(rungs))
@@ -461,14 +485,26 @@ def _bracket(
             f"No limit reached: up to sigma={gaps.sigma[-1]:.3g} noise changes the loss, {gaps.loss:.3g}, "
             "by less than `share` of it. It depends little or linearly on the chosen leaves; lower share."
         )
-    if _reached(found)[0]:
-        limit = max(found, key=lambda name: found[name][0])
+    if _too_low(gaps, _reached(found)):
+        first = int(np.argmax(_reached(found)))
+        limit = max(found, key=lambda name: found[name][first])
         remedy = "share" if limit == "share" else "tolerance, or num_samples"
         raise ValueError(
-            f"The limit {limit!r} is exceeded down to sigma={gaps.sigma[0]:.3g}: the loss is not smooth on "
-            f"that scale, or the params' precision is too coarse for it; raise {remedy}."
+            f"The limit {limit!r} is exceeded down to sigma={gaps.sigma[first]:.3g}: the loss is not smooth "
+            f"on that scale, or the params' precision is too coarse for it; raise {remedy}."
         )
     return gaps
+
+
+def _steps_below(gaps: _Gaps, reached: np.ndarray) -> int:
+    """How many steps of the ladder lie between the first rung where a limit is reached and the one before."""
+    first = int(np.argmax(reached))
+    return round(math.log(gaps.sigma[first] / gaps.sigma[first - 1]) / math.log(_STEP))
+
+
+def _too_low(gaps: _Gaps, reached: np.ndarray) -> bool:
+    """Whether a limit is reached so near the lowest sigma that this one says little of what is below it."""
+    return bool(gaps.sigma[np.argmax(reached)] < _MARGIN * gaps.sigma[0])
 
 
 def _reached(used: dict[str, np.ndarray]) -> np.ndarray:

@@ -178,7 +178,10 @@ def _changed(arrays, words):
         (_changed({}, {"seed": None}), "lacks the metadata seed"),
         (_changed({}, {"seed": "one"}), "metadata that cannot be read: .*'one'"),
         (_changed({}, {"network": "ResNet"}), "is a ResNet, and only ConvNet is known"),
-        (_changed({"norm1.mean": None}, {}), "expected float32 of shape \\(16,\\) for norm1.mean, got nothing"),
+        (
+            _changed({"norm1.mean": None}, {}),
+            "expected float32 of shape \\(16,\\) for norm1.mean, got nothing",
+        ),
         (_changed({"more": np.ones(2)}, {}), "expected nothing for more, got float64 of shape \\(2,\\)"),
         (
             _changed({"dense2.bias": np.ones(9, np.float32)}, {}),
@@ -195,14 +198,17 @@ def test_files_that_hold_no_network_are_told_in_one_line(content, message, netwo
 
 
 def test_a_missing_file_is_told_in_one_line(tmp_path):
-    with pytest.raises(UserError, match="cannot read .*nowhere: No such file"):
+    with pytest.raises(UserError, match=r"cannot read .*nowhere: No such file"):
         checkpoints.load(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "{folder}/nowhere"], "no network in {folder}/nowhere: `python -m benchmarks demo` saves"),
+        (
+            ["--model", "{folder}/nowhere"],
+            "no network in {folder}/nowhere: `python -m benchmarks demo` saves",
+        ),
         (["--model", "{folder}/nan"], "the loss of this network is nan"),
         (["--model", "{folder}"], "cannot read {folder}: Is a directory"),
     ],
@@ -220,7 +226,7 @@ def test_mistakes_are_told_in_one_line(arguments, message, network, tmp_path, ca
 
 
 def test_the_default_network_is_the_published_one(tmp_path, monkeypatch, capsys):
-    assert command.MODEL == cli.RESULTS / cli.PUBLISHED["nso.safetensors"]
+    assert cli.RESULTS / cli.PUBLISHED["nso.safetensors"] == command.MODEL
     monkeypatch.setattr(command, "MODEL", tmp_path / "not-published")
     assert cli.main(["curvature", "--out", str(tmp_path)]) == 2
     assert "not-published: `python -m benchmarks demo`" in capsys.readouterr().err

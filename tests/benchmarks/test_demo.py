@@ -137,7 +137,7 @@ def test_mistakes_are_told_in_one_line(arguments, expected, tmp_path):
     assert (tmp_path / "a-file").read_text() == "mine"
 
 
-@pytest.mark.parametrize("package", ["flax", "sklearn", "matplotlib", "rich"])
+@pytest.mark.parametrize("package", ["flax", "sklearn", "matplotlib", "rich", "safetensors"])
 def test_a_missing_package_is_told_in_one_line(package, tmp_path):
     code = (
         f"import sys; sys.modules[{package!r}] = None; from benchmarks.__main__ import main; sys.exit(main())"
