@@ -37,6 +37,7 @@ class Case(NamedTuple):
     Attributes:
         title: What it is called.
         model: `model(rngs=...)` makes it.
+        methods: For the trace, besides Hutchinson's.
         seeds: Estimates of the trace at each number of products.
         probes: Single probes that show how much those of Hutchinson's method vary.
         repetitions: Measurements of each time.
@@ -44,6 +45,7 @@ class Case(NamedTuple):
 
     title: str
     model: Callable[..., nnx.Module]
+    methods: tuple[str, ...]
     seeds: int
     probes: int
     repetitions: int
@@ -77,9 +79,23 @@ class Library(NamedTuple):
 
 
 NETWORKS = {
-    "mlp": Case("MLP", functools.partial(MLP, (64, 256, 128, 10)), seeds=20, probes=300, repetitions=5),
+    "mlp": Case(
+        "MLP",
+        functools.partial(MLP, (64, 256, 128, 10)),
+        methods=("xtrace", "hutch++"),
+        seeds=20,
+        probes=300,
+        repetitions=5,
+    ),
     # Its products take five times as long.
-    "convnet": Case("ConvNet", functools.partial(ConvNet, dropout=0.0), seeds=6, probes=100, repetitions=3),
+    "convnet": Case(
+        "ConvNet",
+        functools.partial(ConvNet, dropout=0.0),
+        methods=("xtrace",),
+        seeds=20,
+        probes=100,
+        repetitions=3,
+    ),
 }
 NUM_EXAMPLES, NUM_BATCHES = 1792, 4
 EPOCHS, BATCH_SIZE, LEARNING_RATE, MOMENTUM = 10, 64, 0.05, 0.9
@@ -125,9 +141,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--networks", nargs="+", choices=NETWORKS, default=tuple(NETWORKS), help="whose Hessians to measure"
     )
-    parser.add_argument(
-        "--seeds", type=arguments.count, help="estimates for each error, instead of 20, or 6 of the ConvNet"
-    )
+    parser.add_argument("--seeds", type=arguments.count, help="estimates for each error, instead of 20")
     parser.add_argument(
         "--repetitions",
         type=arguments.count,
@@ -400,7 +414,12 @@ def _trace_records(
     libraries: dict[str, Library], case: Case, reference: dict[str, Any], advance: Call
 ) -> dict[Key, dict[str, Any]]:
     """What each method takes for the trace: measured for those of few products, else extrapolated."""
-    traces = {(name, m): call for name, library in libraries.items() for m, call in library.traces.items()}
+    traces = {
+        (name, method): call
+        for name, library in libraries.items()
+        for method, call in library.traces.items()
+        if method in case.methods
+    }
     records = {
         key: _record(key, products=smallest_number(curve), curve=curve)
         for key, curve in _curves(traces, reference["trace"], case.seeds, advance).items()

@@ -264,7 +264,10 @@ class Operator:
         # Asked only now: waiting for each batch would leave the device idle between them.
         for index, flags in enumerate(jax.device_get(finite)):
             if not all(flags):
-                raise FloatingPointError(f"The Hessian-vector product of batches[{index}] is not finite.")
+                raise FloatingPointError(
+                    f"The Hessian-vector product of batches[{index}] is not finite: look for NaN and infinity "
+                    "in params and in that batch, and for points where the loss has no second derivative."
+                )
         self.num_products += len(vectors)
         if self._callback is not None:
             self._callback(self.num_products)

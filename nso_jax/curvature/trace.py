@@ -59,7 +59,8 @@ def trace(
     part of the products on an orthonormal basis Q of the images H v of some vectors v, which catches these
     eigenvalues; with P = Q Q^T they compute Tr(P H) exactly, and estimate only Tr((I - P) H (I - P)).
 
-    Each method's products of the params' float32 (or finer) are summed in float64.
+    The standard error of XTrace counts the covariance of its estimates, which share their probes. Products
+    are in float32, or float64 for float64 params; sums over their entries are in float64.
 
     Args:
       key: PRNG key. Probe j depends on the key and on j alone.

@@ -35,7 +35,11 @@ def one_thread():
 @pytest.fixture
 def tiny(monkeypatch):
     small = functools.partial(models.MLP, (64, 8, 10))
-    monkeypatch.setattr(curvature_peers, "NETWORKS", {"mlp": Case("MLP", small, 2, 20, 2)})
+    monkeypatch.setattr(
+        curvature_peers,
+        "NETWORKS",
+        {"mlp": Case("MLP", small, ("xtrace", "hutch++"), seeds=2, probes=20, repetitions=2)},
+    )
     monkeypatch.setattr(curvature_peers, "NUM_EXAMPLES", 64)
     monkeypatch.setattr(curvature_peers, "BATCH_SIZE", 16)
     monkeypatch.setattr(curvature_peers, "NUMBERS", (12, 24, 120))
