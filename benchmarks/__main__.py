@@ -101,6 +101,8 @@ def _benchmark(options: argparse.Namespace) -> None:
 
 def _load(name: str) -> Any:
     """A benchmark's module, imported with as many devices as it needs: JAX reads the flag only once."""
+    # Threads of NumPy's would wait for cores that those of XLA and PyTorch keep busy.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     flag, flags = "--xla_force_host_platform_device_count", os.environ.get("XLA_FLAGS", "")
     if (devices := BENCHMARKS[name].devices) and flag not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {flag}={devices}".strip()
