@@ -265,7 +265,7 @@ class Operator:
         for index, flags in enumerate(jax.device_get(finite)):
             if not all(flags):
                 raise FloatingPointError(
-                    f"The Hessian-vector product of batches[{index}] is not finite: look for NaN and infinity "
+                    f"The Hessian-vector product of batches[{index}] is not finite: look for NaN or infinity "
                     "in params and in that batch, and for points where the loss has no second derivative."
                 )
         self.num_products += len(vectors)
