@@ -37,7 +37,7 @@ WARM_UP_RATE = 0.1
 TRAINED_WIDTHS = (64, 128, 128, 10)
 BATCH_SIZE = 64
 MOMENTUM = 0.9
-NUM_PROBES = 100
+NUM_PRODUCTS = 100
 
 CASE_COLOURS = ("#0072B2", "#D55E00", "#CC79A7")
 COUNT_COLOURS = ("#56B4E9", "#009E73", "#0072B2")
@@ -172,7 +172,7 @@ def run(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
         "num_examples": NUM_EXAMPLES,
         "warm_up_steps": WARM_UP_STEPS,
         "num_test": data.NUM_TEST,
-        "probes": NUM_PROBES,
+        "products": NUM_PRODUCTS,
         "tasks": {name: task._asdict() for name, task in TASKS.items()},
     }
     return {
@@ -415,7 +415,7 @@ def _accuracies(gauge: Gauge, networks: list[Network], splits: list[Split]) -> d
 
 def _traces(gauge: Gauge, networks: list[Network], splits: list[Split]) -> list[float]:
     pairs = zip(networks, splits, strict=True)
-    return [measuring.measure_point(gauge, net, split, NUM_PROBES)["trace"] for net, split in pairs]
+    return [measuring.measure_point(gauge, net, split, NUM_PRODUCTS)["trace"] for net, split in pairs]
 
 
 def _train(

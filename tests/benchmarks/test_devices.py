@@ -36,7 +36,7 @@ def varied():
         patch.setattr(variance, "CASES", {"same": variance.Case(0.1, num_distinct=8)})
         patch.setattr(variance, "RHOS", (0.1,))
         patch.setattr(variance, "SCALES", (0.1, 100.0))
-        patch.setattr(variance, "NUM_PROBES", 2)
+        patch.setattr(variance, "NUM_PRODUCTS", 4)
         options = ["--draws", "200", "--seeds", "2", "--steps", "10", "--microbatches", "1"]
         return _run(variance, options)
 
