@@ -18,7 +18,9 @@ from nso_jax.curvature.operators import (
     check_params,
     chosen_leaves,
     each,
+    is_jitted,
 )
+from nso_jax.curvature.probes import mean_and_error
 
 _UNITS = ("example", "batch")
 
@@ -143,7 +145,7 @@ def pac_bayes_bound(
     params = check_params(params)
     flags = chosen_leaves(mask, params)
     distances = _leaf_distances(params, initial_params, flags)
-    measure = _kept_measure(fun, per) if _is_jitted(fun) else _new_measure(fun, per)
+    measure = _kept_measure(fun, per) if is_jitted(fun) else _new_measure(fun, per)
     largest = _Largest(-math.inf, -math.inf, 0.0, np.where(flags, -math.inf, 0.0))
     sample_size = 0
     for index, batch in enumerate(each(batches)):
@@ -180,8 +182,8 @@ def _larger(largest: _Largest, losses: np.ndarray, samples: np.ndarray) -> _Larg
     leaf_traces = np.maximum(largest.leaf_traces, samples.mean(axis=0).max(axis=1))
     if traces[top] <= largest.trace:
         return _Largest(loss, largest.trace, largest.trace_standard_error, leaf_traces)
-    standard_error = float(totals[:, top].std(ddof=1)) / math.sqrt(len(totals))
-    return _Largest(loss, float(traces[top]), standard_error, leaf_traces)
+    _, standard_error = mean_and_error(totals[:, top])
+    return _Largest(loss, float(traces[top]), float(standard_error), leaf_traces)
 
 
 def _bound(
@@ -203,10 +205,6 @@ def _bound(
         leaf_traces=jax.tree.unflatten(structure, largest.leaf_traces.tolist()),
         leaf_distances=jax.tree.unflatten(structure, distances.tolist()),
     )
-
-
-def _is_jitted(fun: Any) -> bool:
-    return isinstance(fun, jax.stages.Wrapped)
 
 
 def _new_measure(

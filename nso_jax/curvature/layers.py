@@ -22,6 +22,7 @@ from nso_jax.curvature.operators import (
     check_tolerance,
     each,
 )
+from nso_jax.curvature.probes import mean_and_error
 
 # Primitives that give back the matrices that they are given.
 _KEEPING = {"convert_element_type", "copy", "copy_p", "name", "optimization_barrier", "sharding_constraint"}
@@ -380,14 +381,14 @@ def _error(
     operator = Operator(fun, params, batches, mask=block.mask, callback=new_callback())
     probes = operator.signs(key, 0, num_probes)
     exact = operator.products(probes)
-    matrices = probes.astype(np.float64).reshape(-1, *block.leaf.shape)
+    matrices = probes.reshape(-1, *block.leaf.shape)
     approximate = np.reshape(left @ matrices @ right, exact.shape)
     missed = np.sum((exact - approximate) ** 2, axis=1)
     norms = np.sum(exact**2, axis=1)
     if not norms.any():
         raise _NotDenseError("the leaf's block is zero: the loss does not depend on it to second order.")
     ratio = missed.mean() / norms.mean()
-    ratio_error = np.std(missed - ratio * norms, ddof=1) / np.sqrt(num_probes) / norms.mean()
+    ratio_error = mean_and_error(missed - ratio * norms)[1] / norms.mean()
     return float(np.sqrt(ratio)), float(ratio_error / (2 * np.sqrt(ratio))) if ratio else 0.0
 
 

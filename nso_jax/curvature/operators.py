@@ -200,17 +200,11 @@ class Operator:
         self.epsilon = max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
         self.num_products = 0
         self._batches = batches
-        self._steps = _kept_steps(fun, self.flags) if _stays(fun) else _new_steps(fun, self.flags)
+        self._steps = _kept_steps(fun, self.flags) if is_jitted(fun) else _new_steps(fun, self.flags)
         self._kept: dict[int, tuple[int, Any]] = {}
         self._kept_bytes = 0
         self._chunk_size = chunk_size or (1 if on_cpu() else _CHUNK_SIZE)
         self._callback = callback
-
-    @property
-    def shapes(self) -> list[tuple[int, ...]]:
-        """The shape of each leaf; that of an empty array for those that are not chosen."""
-        leaves = jax.tree.leaves(self.params)
-        return [leaf.shape if flag else (0,) for leaf, flag in zip(leaves, self.flags, strict=True)]
 
     def products(self, vectors: np.ndarray) -> np.ndarray:
         """The products with vectors, a row for each, in float64 and host memory."""
@@ -242,7 +236,8 @@ class Operator:
 
     def split(self, rows: np.ndarray) -> list[np.ndarray]:
         """The stretch of the last axis that belongs to each leaf of params."""
-        ends = np.cumsum([int(np.prod(shape)) for shape in self.shapes])
+        pairs = zip(jax.tree.leaves(self.params), self.flags, strict=True)
+        ends = np.cumsum([leaf.size if flag else 0 for leaf, flag in pairs])
         return np.split(rows, ends[:-1], axis=-1)
 
     def _pass(self, vectors: Any) -> list[jax.Array]:
@@ -337,7 +332,7 @@ def _new_steps(fun: Callable[[Any, Any], jax.Array], flags: tuple[bool, ...]) ->
 _kept_steps: Callable[..., _Steps] = functools.lru_cache(maxsize=16)(_new_steps)
 
 
-def _stays(fun: Any) -> bool:
+def is_jitted(fun: Any) -> bool:
     """Whether a function promises to stay what it is, by being jitted."""
     parts = (fun.model, fun.loss) if isinstance(fun, GaussNewton) else (fun,)
     return all(isinstance(part, jax.stages.Wrapped) for part in parts)

@@ -89,11 +89,11 @@ class Deflation:
         their mean is then estimated without bias by the usual one plus that covariance. Where noise makes
         the covariance negative, it counts as 0.
         """
-        probes, images, _ = self._independent()
+        probes, images, s = self._independent()
         rows = (self._basis, self._basis_images, probes, images)
         leaves = [_Overlaps.of(*parts) for parts in zip(*map(self._operator.split, rows), strict=True)]
         sums = [_Overlaps.sum([leaves[i] for i in group]) for group in groups]
-        value, variance, covariance = self._moments(_Overlaps.sum(leaves), sums)
+        value, variance, covariance = _moments(_Overlaps.sum(leaves), sums, s)
         return value, np.sqrt(variance + np.maximum(covariance, 0))
 
     def entries(self) -> tuple[np.ndarray, np.ndarray]:
@@ -103,10 +103,11 @@ class Deflation:
         in whose mean over the signs all entries count alike, and taken to be the same share for all of them.
         """
         probes, images, s = self._independent()
-        inside = self._basis @ self._basis_images.T
-        tops = s @ inside.T
-        c, d = _outside(s, inside, probes @ self._basis.T, probes @ self._basis_images.T)
         rows = (self._basis, self._basis_images, probes, images)
+        whole = _Overlaps.of(*rows)
+        inside = whole.q_aq
+        tops = s @ inside.T
+        c, d = _outside(s, inside, whole.v_q, whole.v_aq)
         leaves = []
         for q, aq, v, av in zip(*map(self._operator.split, rows), strict=True):
             sq = s @ q
@@ -116,25 +117,10 @@ class Deflation:
         value, error = (np.concatenate(parts) for parts in zip(*leaves, strict=True))
         signs = np.random.default_rng(0).choice([-1.0, 1.0], size=(_SIGNED_SUMS, self._operator.size))
         sums = [_Overlaps.of(*rows, signs=row) for row in signs]
-        _, variance, covariance = self._moments(_Overlaps.of(*rows), sums)
+        _, variance, covariance = _moments(whole, sums, s)
         if variance.sum() > 0:
             error *= np.sqrt(1 + max(0.0, covariance.sum() / variance.sum()))
         return value, error
-
-    def _moments(
-        self, whole: "_Overlaps", sums: list["_Overlaps"]
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The mean estimate of each sum over some entries, its variance if independent, the covariance."""
-        _, _, left_out = self._independent()
-        estimates = np.stack([_estimates(whole, part, left_out) for part in sums], axis=1)
-        value, error = mean_and_error(estimates)
-        covariance = np.zeros_like(value)
-        if left_out.any():
-            count = len(left_out)
-            pairs = _Pairs.of(left_out)
-            losses = (_losses(whole, part, pairs) for part in sums)
-            covariance = np.array([np.sum(loss * loss.T) for loss in losses]) / (count * (count - 1))
-        return value, error**2, covariance
 
     def _measure(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         """New probes and their images."""
@@ -235,6 +221,21 @@ class _Pairs(NamedTuple):
         forms = self.s @ matrix @ self.s.T
         own = np.diag(forms)
         return (own - self.cosine * (forms + forms.T) + self.cosine**2 * own[:, None]) / self.sine**2
+
+
+def _moments(
+    whole: _Overlaps, sums: list[_Overlaps], s: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The mean estimate of each sum over some entries, its variance if independent, the covariance."""
+    estimates = np.stack([_estimates(whole, part, s) for part in sums], axis=1)
+    value, error = mean_and_error(estimates)
+    covariance = np.zeros_like(value)
+    if s.any():
+        count = len(s)
+        pairs = _Pairs.of(s)
+        losses = (_losses(whole, part, pairs) for part in sums)
+        covariance = np.array([np.sum(loss * loss.T) for loss in losses]) / (count * (count - 1))
+    return value, error**2, covariance
 
 
 def _estimates(whole: _Overlaps, part: _Overlaps, s: np.ndarray) -> np.ndarray:

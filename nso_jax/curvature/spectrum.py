@@ -10,6 +10,7 @@ from scipy.stats import norm
 
 from nso_jax._checks import as_key, check_count
 from nso_jax.curvature.operators import Operator, check_tolerance, orthogonalise
+from nso_jax.curvature.probes import mean_and_error
 
 # Probes go side by side as long as their bases take no more than this together.
 _BASES_BYTES = 2**29
@@ -128,8 +129,8 @@ def spectral_density(
         width = 0.01 * float(np.ptp(nodes) or np.abs(nodes).max() or 1)
     grid = np.linspace(nodes.min() - 5 * width, nodes.max() + 5 * width, num_points)
     densities = np.stack([w @ norm.pdf(grid, x[:, None], width) for x, w in zip(nodes, weights, strict=True)])
-    error = densities.std(axis=0, ddof=1) / np.sqrt(num_probes)
-    return Density(grid, densities.mean(axis=0), error, width, nodes, weights, operator.num_products)
+    density, error = mean_and_error(densities)
+    return Density(grid, density, error, width, nodes, weights, operator.num_products)
 
 
 def _lanczos(operator: Operator, probes: np.ndarray, steps: int) -> tuple[np.ndarray, np.ndarray]:

@@ -20,7 +20,9 @@ from nso_jax.curvature.operators import (
     check_tolerance,
     chosen_leaves,
     each,
+    is_jitted,
 )
+from nso_jax.curvature.probes import mean_and_error
 from nso_jax.curvature.trace import Estimate, trace
 
 # Neighbours on the ladder of sigmas. Each pass over the data takes four rungs, the first pass two of them
@@ -332,15 +334,14 @@ def _prepare(
     flags = tuple(chosen_leaves(mask, params))
     loss = fun.__call__ if isinstance(fun, GaussNewton) else fun
     trace_key, noise_key = jax.random.split(key)
-    options = {"method": method, "num_products": num_products, "mask": mask}
-    estimate = trace(trace_key, loss, params, batches, **options)
+    estimate = trace(trace_key, loss, params, batches, method=method, num_products=num_products, mask=mask)
     draw = functools.partial(_draw, noise_key, sampler=sampler, flags=flags)
     return _Problem(_compiled(loss), draw, params, flags, batches, num_samples, callback), estimate
 
 
 def _compiled(fun: Callable[[Any, Any], jax.Array]) -> Callable[[Any, Any], jax.Array]:
     """`fun`, jitted anew unless it is already: what a plain function closes over may have changed."""
-    return fun if isinstance(fun, jax.stages.Wrapped) else jax.jit(functools.partial(fun))
+    return fun if is_jitted(fun) else jax.jit(functools.partial(fun))
 
 
 @functools.partial(jax.jit, static_argnames=("sampler", "flags"))
@@ -407,10 +408,11 @@ def _check_finite(clean: np.ndarray, noisy: np.ndarray, sigmas: np.ndarray, inde
 
 def _table(gaps: _Gaps, estimate: Estimate) -> StabilityGap:
     half_squares = gaps.sigma**2 / 2
+    gap, standard_error = mean_and_error(gaps.draws.T)
     return StabilityGap(
         sigma=gaps.sigma,
-        gap=gaps.draws.mean(axis=1),
-        standard_error=gaps.draws.std(axis=1, ddof=1) / math.sqrt(gaps.draws.shape[1]),
+        gap=gap,
+        standard_error=standard_error,
         quadratic=half_squares * estimate.value,
         quadratic_standard_error=half_squares * estimate.standard_error,
         loss=gaps.loss,
@@ -442,22 +444,17 @@ def _start(problem: _Problem, loss: float, estimate: Estimate, share: float) -> 
 
 def _used(gaps: _Gaps, *, estimate: Estimate, share: float, tolerance: float) -> dict[str, np.ndarray]:
     """How much of each limit is used up at each sigma: it is reached at 1."""
-    mean = gaps.draws.mean(axis=1)
+    mean, error = mean_and_error(gaps.draws.T)
     used = {"share": np.abs(mean) / (share * abs(gaps.loss))}
     # Relative to the lowest sigma, with the same draws, so that most of their noise cancels.
     growth = (gaps.sigma / gaps.sigma[0]) ** 2
     expected = growth * mean[0]
     is_curved = abs(estimate.value) > _DOUBT * estimate.standard_error
-    if is_curved and abs(mean[0]) > _DOUBT * _error(gaps.draws[0]):
+    if is_curved and abs(mean[0]) > _DOUBT * error[0]:
         excess = gaps.draws - np.outer(growth, gaps.draws[0])
-        doubt = _DOUBT * _error(excess) + gaps.rounding + growth * gaps.rounding[0]
+        doubt = _DOUBT * mean_and_error(excess.T)[1] + gaps.rounding + growth * gaps.rounding[0]
         used["quadratic"] = (np.abs(mean - expected) - doubt) / (tolerance * np.abs(expected))
     return used
-
-
-def _error(draws: np.ndarray) -> Any:
-    """The standard error of the mean over the last axis."""
-    return draws.std(axis=-1, ddof=1) / math.sqrt(draws.shape[-1])
 
 
 def _bracket(
