@@ -1,5 +1,6 @@
 """Checks of arguments that all modules share: their errors say argument, value and, for a leaf, its path."""
 
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -46,6 +47,12 @@ def check_count(name: str, value: Any, minimum: int = 1) -> None:
         raise TypeError(f"{name}: expected a static int >= {minimum}, got {describe(value)}.")
     if value < minimum:
         raise ValueError(f"{name}: expected an int >= {minimum}, got {value}.")
+
+
+def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
+    """Raises ValueError unless `value` is one of some names."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}.")
 
 
 def check_deviation(name: str, value: Any, path: str = "") -> None:

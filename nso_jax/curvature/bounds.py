@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nso_jax import noise
-from nso_jax._checks import as_key, check_count, check_inexact, check_loss, describe
+from nso_jax._checks import as_key, check_choice, check_count, check_inexact, check_loss, describe
 from nso_jax.curvature.operators import (
     batch_size,
     check_batches,
@@ -137,8 +137,7 @@ def pac_bayes_bound(
       splines, Communications in Statistics: Simulation and Computation 19(2), 1990.
     """
     key = as_key(key)
-    if per not in _UNITS:
-        raise ValueError(f"per: expected one of {', '.join(map(repr, _UNITS))}, got {per!r}.")
+    check_choice("per", per, _UNITS)
     check_count("num_probes", num_probes, 2)
     check_batches(batches)
     check_function(fun)

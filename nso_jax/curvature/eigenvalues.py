@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from scipy.linalg import eigh_tridiagonal
 
-from nso_jax._checks import as_key, check_count
+from nso_jax._checks import as_key, check_choice, check_count
 from nso_jax.curvature.operators import Operator, check_tolerance, orthogonalise
 
 # How much an eigenvalue is wanted: the k with the highest rank are.
@@ -114,8 +114,7 @@ def eigenvalues(
       Parlett, The Symmetric Eigenvalue Problem, chapter 13, SIAM, 1998.
     """
     key = as_key(key)
-    if which not in _RANKS:
-        raise ValueError(f"which: expected one of {', '.join(map(repr, _RANKS))}, got {which!r}.")
+    check_choice("which", which, _RANKS)
     check_tolerance("tol", tol)
     check_count("k", k, 1)
     operator = Operator(fun, params, batches, mask=mask, callback=callback)

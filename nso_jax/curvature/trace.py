@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from nso_jax._checks import as_key, broadcast_prefix, check_count
+from nso_jax._checks import as_key, broadcast_prefix, check_choice, check_count
 from nso_jax.curvature.operators import Operator, check_tolerance
 from nso_jax.curvature.probes import Deflation, Hutchinson
 
@@ -219,8 +219,7 @@ def _reached(rtol: float | None, floor: float, value: np.ndarray, error: np.ndar
 
 
 def _check_options(methods: dict[str, int], method: str, num_products: int, rtol: float | None) -> None:
-    if method not in methods:
-        raise ValueError(f"method: expected one of {', '.join(map(repr, methods))}, got {method!r}.")
+    check_choice("method", method, methods)
     check_count("num_products", num_products, methods[method])
     if rtol is not None:
         check_tolerance("rtol", rtol)
