@@ -1,6 +1,6 @@
 """Train JAX networks toward flat minima, and measure that they are flat."""
 
-from nso_jax import curvature, noise, parallel
+from nso_jax import curvature, noise, parallel, sharpness
 from nso_jax.gradients import value_and_grad
 from nso_jax.transform import NoiseStabilityState, noise_stability, nso
 
@@ -12,5 +12,6 @@ __all__ = [
     "noise_stability",
     "nso",
     "parallel",
+    "sharpness",
     "value_and_grad",
 ]

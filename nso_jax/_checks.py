@@ -24,6 +24,11 @@ def dtype_of(x: Any) -> Any:
     return jnp.result_type(x) if isinstance(x, int | float | complex) else None
 
 
+def is_inexact(leaf: Any) -> bool:
+    """Whether an array has a mean: its dtype is float or complex."""
+    return jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
 def is_function(option: Any) -> bool:
     """Whether an option is to be called; a module with `__call__` (Equinox) is a pytree of values instead."""
     return callable(option) and jax.tree_util.all_leaves([option])
@@ -55,7 +60,7 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}.")
 
 
-def check_deviation(name: str, value: Any, path: str = "") -> None:
+def check_nonnegative(name: str, value: Any, path: str = "", what: str = "a number") -> None:
     """Raises TypeError unless `value` is real, and ValueError if it is known and not >= 0."""
     where = f" for leaf {path}" if path else ""
     if isinstance(value, jax.core.Tracer):
@@ -65,7 +70,7 @@ def check_deviation(name: str, value: Any, path: str = "") -> None:
         raise TypeError(f"{name}: expected a real number{where}, got {describe(value)}.")
     bad = numbers[~(numbers >= 0)]  # NaN compares false
     if bad.size:
-        raise ValueError(f"{name}: expected a standard deviation >= 0{where}, got {bad.flat[0]}.")
+        raise ValueError(f"{name}: expected {what} >= 0{where}, got {bad.flat[0]}.")
 
 
 def check_inexact(params: PyTree, name: str = "params") -> None:

@@ -1,26 +1,25 @@
 """The heart: a loss's value and gradient, averaged over antithetic perturbations of its weights."""
 
-import operator
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from nso_jax import _backend, noise
-from nso_jax._checks import (
-    PyTree,
-    as_key,
-    broadcast_prefix,
-    check_count,
-    check_inexact,
-    check_loss,
-    describe,
-    dtype_of,
+from nso_jax._axes import (
+    AxisName,
+    check_param_specs,
+    localize,
+    mean_over_axis,
+    other_axes,
+    shared,
+    varying_specs,
 )
+from nso_jax._calls import as_argnums, bind
+from nso_jax._checks import PyTree, as_key, broadcast_prefix, check_count, describe, is_inexact
 from nso_jax.noise import Sampler, Sigma
 
-AxisName = Hashable | tuple[Hashable, ...]
 Evaluate = Callable[[PyTree, jax.Array], tuple[PyTree, PyTree]]
 
 
@@ -111,11 +110,7 @@ def value_and_grad(
     References:
       Zhang, Li and Ju, Noise Stability Optimization for Finding Flat Minima, arXiv 2306.08553, 2023.
     """
-    if not callable(fun):
-        raise TypeError(f"fun: expected a function, got {type(fun).__name__}.")
-    argnums = (
-        tuple(map(operator.index, argnums)) if isinstance(argnums, Sequence) else operator.index(argnums)
-    )
+    argnums = as_argnums(fun, argnums)
     options = {
         "sigma": sigma,
         "num_samples": num_samples,
@@ -133,12 +128,7 @@ def value_and_grad(
 
     def value_and_grad_fn(key: jax.Array, /, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
         key = as_key(key)
-        params = _select(args, argnums)
-        check_inexact(params, f"argnums={argnums}")
-
-        def loss(params: PyTree) -> tuple[jax.Array, PyTree]:
-            return as_loss(fun(*_replace(args, argnums, params), **kwargs), has_aux=has_aux)
-
+        loss, params = bind(fun, args, kwargs, argnums, has_aux=has_aux)
         value_like, aux_like = jax.eval_shape(loss, params)
         fates = _aux_fates(aux, aux_like)
 
@@ -211,8 +201,8 @@ def mean_over_draws(
     Returns:
       `averaged`, its mean, and `kept`, with the evaluations stacked along a new leading axis.
     """
-    axes = _other_axes(key, axis_name)
-    specs = _varying_specs(params, axes) if param_specs is None else param_specs
+    axes = other_axes(key, axis_name)
+    specs = varying_specs(params, axes) if param_specs is None else param_specs
     params, key = localize(params, key, axis_name, independent_draws=independent_draws)
     keys = jax.random.split(key, num_samples)
     signs = (1, -1) if antithetic else (1,)
@@ -230,7 +220,7 @@ def mean_over_draws(
         draws = first + jnp.arange(size, dtype=jnp.int32)
         kept = []
         for side, sign in enumerate(signs):
-            late = _backend.zero_once_computed(_shared(total, axes)) if side else 0
+            late = _backend.zero_once_computed(shared(total, axes)) if side else 0
             sided = _over_draws(lambda u, i, sign=sign + late: evaluate_at(u, i, sign), size)
             averaged, of_side = sided(u, len(signs) * draws + side)
             sums = jax.tree.map(lambda x: jnp.sum(noise.widen(x), axis=0), averaged)
@@ -269,14 +259,7 @@ def check_options(
         raise TypeError(
             f"sampler: expected a function (key, shape, dtype) -> array, got {describe(sampler)}."
         )
-    for spec in jax.tree.leaves(param_specs):
-        if not isinstance(spec, jax.P):
-            raise TypeError(f"param_specs: expected partition specs, got {describe(spec)}.")
-        if set(noise.axes_of(spec)) & set(_as_tuple(axis_name)):
-            raise ValueError(
-                f"param_specs: {spec} splits params over axis_name={axis_name!r}, over which their gradients "
-                "are averaged; only whole params, or other axes, can be."
-            )
+    check_param_specs(param_specs, axis_name)
     if jnp.shape(clean_weight) != ():
         raise ValueError(f"clean_weight: expected a scalar, got shape {jnp.shape(clean_weight)}.")
     if not isinstance(clean_weight, jax.core.Tracer) and not 0 <= jax.device_get(clean_weight) <= 1:
@@ -286,11 +269,6 @@ def check_options(
 def cast_like(tree: PyTree, like: PyTree) -> PyTree:
     """`tree` with the dtypes of `like`, leaf by leaf."""
     return jax.tree.map(lambda x, y: x.astype(jnp.result_type(y)), tree, like)
-
-
-def is_inexact(leaf: Any) -> bool:
-    """Whether an array has a mean: its dtype is float or complex."""
-    return jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
 def _sum_over_chunks(
@@ -324,83 +302,6 @@ def _mix(weight: Any, clean: Any, noisy: jax.Array) -> jax.Array:
     return weight * noise.widen(clean) + (1 - weight) * noisy
 
 
-def localize(
-    tree: PyTree, key: jax.Array, axis_name: AxisName | None, *, independent_draws: bool
-) -> tuple[PyTree, jax.Array]:
-    """Each device's own copy of a pytree and its own key: what `mean_over_axis` joins in the end.
-
-    With a copy that the devices share, JAX would sum gradients over them.
-    """
-    axes = _as_tuple(axis_name)
-
-    def own(x: Any) -> Any:
-        for axis in axes:
-            x = x if _varies(x, axis) else jax.lax.pcast(x, axis, to="varying")
-        return x
-
-    def own_if_inexact(x: Any) -> Any:
-        dtype = dtype_of(x)
-        return own(x) if dtype is not None and jnp.issubdtype(dtype, jnp.inexact) else x
-
-    if axes and independent_draws:
-        key = jax.random.fold_in(key, jax.lax.axis_index(axes))
-    key = jax.random.wrap_key_data(own(jax.random.key_data(key)), impl=jax.random.key_impl(key))
-    return jax.tree.map(own_if_inexact, tree), key
-
-
-def _varies(x: Any, axis: Hashable) -> bool:
-    """Whether JAX knows that `x` differs along a mapped axis; without `check_vma` it knows of nothing."""
-    try:
-        jax.lax.pcast(x, axis, to="varying")
-    except ValueError:
-        return True
-    return False
-
-
-def _other_axes(key: jax.Array, axis_name: AxisName | None) -> list[Hashable]:
-    """The axes of `shard_map` along which the key is the same, but those that are averaged over."""
-    manual = jax.sharding.get_abstract_mesh().manual_axes
-    data = jax.random.key_data(key)
-    return [axis for axis in manual if axis not in _as_tuple(axis_name) and not _varies(data, axis)]
-
-
-def _varying_specs(params: PyTree, axes: list[Hashable]) -> PyTree:
-    """How the axes split the params, as partition specs; their order in a leaf does not matter here."""
-    return jax.tree.map(lambda x: jax.P(tuple(axis for axis in axes if _varies(x, axis))), params)
-
-
-def _shared(tree: PyTree, axes: list[Hashable]) -> list[Any]:
-    """The leaves that the axes do not split: what waits for others would differ along them itself."""
-    return [x for x in jax.tree.leaves(tree) if not any(_varies(x, axis) for axis in axes)]
-
-
-def _as_tuple(axis_name: AxisName | None) -> tuple[Hashable, ...]:
-    if isinstance(axis_name, tuple):
-        return axis_name
-    return () if axis_name is None else (axis_name,)
-
-
-def mean_over_axis(tree: PyTree, axis_name: AxisName | None) -> PyTree:
-    """The mean over devices of the inexact leaves; the others stay as they are on each device."""
-    if axis_name is None:
-        return tree
-    leaves, treedef = jax.tree.flatten(tree)
-    inexact = [i for i, leaf in enumerate(leaves) if is_inexact(leaf)]
-    for i, mean in zip(inexact, jax.lax.pmean([leaves[i] for i in inexact], axis_name), strict=True):
-        leaves[i] = mean
-    return jax.tree.unflatten(treedef, leaves)
-
-
-def as_loss(out: Any, *, has_aux: bool) -> tuple[jax.Array, PyTree]:
-    """What a loss function returned, as (loss, aux); raises TypeError if the loss is not a real scalar."""
-    if has_aux and not (isinstance(out, tuple | list) and len(out) == 2):  # noqa: PLR2004
-        raise TypeError(f"fun: has_aux is True, so expected a pair (loss, aux), got {describe(out)}.")
-    value, aux_out = out if has_aux else (out, None)
-    returns_pair = isinstance(out, tuple) and not has_aux
-    check_loss(value, " For a pair (loss, aux) set has_aux=True." if returns_pair else "")
-    return value, aux_out
-
-
 def _aux_fates(aux: PyTree, aux_like: PyTree) -> list[str]:
     """For each leaf of the auxiliary output "mean", "stack", "clean" or, where it has no mean, "first"."""
     modes = broadcast_prefix("aux", aux, aux_like)
@@ -426,20 +327,3 @@ def _check_aux_modes(aux: PyTree) -> None:
     for mode in jax.tree.leaves(aux):
         if mode not in ("mean", "stack", "clean"):
             raise ValueError(f"aux: expected 'mean', 'stack' or 'clean', got {mode!r}.")
-
-
-def _select(args: tuple[Any, ...], argnums: int | tuple[int, ...]) -> PyTree:
-    if isinstance(argnums, tuple):
-        return tuple(_select(args, i) for i in argnums)
-    if not -len(args) <= argnums < len(args):
-        raise TypeError(f"argnums: {argnums} is out of range, got {len(args)} arguments after the key.")
-    return args[argnums]
-
-
-def _replace(args: tuple[Any, ...], argnums: int | tuple[int, ...], params: PyTree) -> list[Any]:
-    replaced = list(args)
-    for i, argument in (
-        zip(argnums, params, strict=True) if isinstance(argnums, tuple) else [(argnums, params)]
-    ):
-        replaced[i] = argument
-    return replaced

@@ -11,15 +11,15 @@ except ImportError as error:
     raise ImportError("nso_jax.nnx needs flax: pip install 'nso-jax[flax]'") from error
 
 from nso_jax import gradients, parallel
+from nso_jax._axes import AxisName
+from nso_jax._calls import as_loss
 from nso_jax._checks import PyTree, as_key
-from nso_jax.gradients import AxisName
-from nso_jax.noise import Sigma
 
 
 def value_and_grad(
     fun: Callable[..., Any],
     *,
-    sigma: Sigma,
+    method: Callable[..., Any] = gradients.value_and_grad,
     wrt: nnx.filterlib.Filter = nnx.Param,
     has_aux: bool = False,
     aux: PyTree = "mean",
@@ -33,26 +33,27 @@ def value_and_grad(
     random streams), and those of modules and `nnx.Rngs` among the arguments, are never perturbed and move
     once per call: float ones to the mean over the evaluations, which for batch statistics is right to
     O(sigma^2), others to what the first evaluation gave. Hence dropout masks are the same in all evaluations
-    of a call and new in the next.
+    of a call and new in the next. With a method of `nso_jax.sharpness` they move as the evaluation at W says.
 
     Args:
       fun: `fun(model, *args, **kwargs)` returning a real scalar, or a pair of that and auxiliary output.
-      sigma: standard deviation of one weight's noise; a prefix pytree or a function refers to
-        `nnx.state(model, wrt)`, so a number for each layer is `nnx.State({"conv": 0.1, "head": 0.0})`.
+      method: `nso_jax.value_and_grad`, or one of its rivals: `sharpness.sam`, `.usam`, `.asam`, `.rsam`.
       wrt: an NNX filter, the variables that are perturbed and differentiated; the same as the optimizer's.
       has_aux: whether `fun` returns `(loss, aux)`.
       aux: "mean", "stack" or "clean", or a prefix pytree of them. "clean" takes the model's new state from
-        the forward pass at W too, as the authors' code does with batch statistics.
-      **options: the other arguments of `nso_jax.value_and_grad` but `argnums`: `num_samples`, `antithetic`,
-        `sampler`, `mask`, `clean_weight`, `chunk_size`, `axis_name`, `independent_draws`, `param_specs`.
+        the forward pass at W too, as the authors' code does with batch statistics. The rivals do not have it.
+      **options: the other arguments of the method but `argnums`, for `nso_jax.value_and_grad` `sigma`,
+        `num_samples`, `antithetic`, `sampler`, `mask`, `clean_weight`, `chunk_size`, `axis_name`,
+        `independent_draws`, `param_specs`. A prefix pytree, or a function to one, refers to
+        `nnx.state(model, wrt)`: noise for each layer is `sigma=nnx.State({"conv": 0.1, "head": 0.0})`.
 
     Returns:
       `fn(key, model, *args, **kwargs)`, returning `(value, grads)`, or `((value, aux), grads)` if `has_aux`.
       `grads` is an `nnx.State`, ready for `nnx.Optimizer.update(model, grads)`; `model` is updated in place.
 
     Raises:
-      TypeError: as `nso_jax.value_and_grad`, or `argnums` is given.
-      ValueError: as `nso_jax.value_and_grad`, `wrt` selects nothing, or `fun` adds or removes variables.
+      TypeError: as the method, or `argnums` is given, or `aux` to a rival.
+      ValueError: as the method, `wrt` selects nothing, or `fun` adds or removes variables.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -82,11 +83,14 @@ def value_and_grad(
         # tree.map copies the variables, so that no evaluation sees what another did to them
         copies = nnx.merge(graphdef, nnx.State({0: params}), jax.tree.map(lambda x: x, rest))
         model, args, kwargs = copies
-        value, aux_out = gradients.as_loss(fun(model, *args, **kwargs), has_aux=has_aux)
+        value, aux_out = as_loss(fun(model, *args, **kwargs), has_aux=has_aux)
         return value, (aux_out, _moved(rest, split(copies)[2]))
 
-    modes = (aux, "clean" if aux == "clean" else "mean")
-    averaged = gradients.value_and_grad(loss, sigma=sigma, has_aux=True, aux=modes, **options)
+    if method is gradients.value_and_grad:
+        options["aux"] = (aux, "clean" if aux == "clean" else "mean")
+    elif aux != "mean":
+        raise TypeError(f"aux: {aux!r} is for nso_jax.value_and_grad; the other methods give that at W.")
+    averaged = method(loss, has_aux=True, **options)
 
     def value_and_grad_fn(key: jax.Array, /, model: Any, *args: Any, **kwargs: Any) -> tuple[Any, nnx.State]:
         key = as_key(key)

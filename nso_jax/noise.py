@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nso_jax._backend import with_fast_bits
-from nso_jax._checks import PyTree, as_key, broadcast_prefix, check_deviation, check_inexact, leaf_mask
+from nso_jax._checks import PyTree, as_key, broadcast_prefix, check_inexact, check_nonnegative, leaf_mask
 
 Sampler = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 Sigma = Any  # a scalar, a prefix pytree of the params, or a function from the params to one
@@ -23,6 +23,7 @@ Sigma = Any  # a scalar, a prefix pytree of the params, or a function from the p
 _UNIFORM_HALF_WIDTH = math.sqrt(3.0)
 _LAPLACE_DEVIATION = math.sqrt(2.0)
 _BINOMIAL_TRIALS = 8
+_DEVIATION = "a standard deviation"
 
 
 def normal(key: jax.Array, shape: tuple[int, ...] = (), dtype: Any = jnp.float32) -> jax.Array:
@@ -214,7 +215,7 @@ def relative(
     """
     if per not in ("weight", "channel", "tensor"):
         raise ValueError(f"per: expected 'weight', 'channel' or 'tensor', got {per!r}.")
-    check_deviation("scale", scale)
+    check_nonnegative("scale", scale, what=_DEVIATION)
     return Relative(scale, per, channel_axis)
 
 
@@ -356,7 +357,7 @@ def axes_of(spec: jax.P) -> tuple[str, ...]:
 def _scaled_draw(key: jax.Array, leaf: Any, sigma: Any, sampler: Sampler, path: str) -> jax.Array:
     w = widen(leaf)
     real = jnp.finfo(w.dtype).dtype
-    check_deviation("sigma", sigma, path)
+    check_nonnegative("sigma", sigma, path, _DEVIATION)
     if not _broadcasts_to(np.shape(sigma), w.shape):
         raise ValueError(
             f"sigma: shape {np.shape(sigma)} does not broadcast to leaf {path} of shape {w.shape}."

@@ -11,9 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from nso_jax import _backend, gradients, noise
-from nso_jax._checks import PyTree, as_key, broadcast_prefix, check_count, describe
-from nso_jax.gradients import AxisName
-from nso_jax.noise import Sigma
+from nso_jax._axes import AxisName, localize, mean_over_axis
+from nso_jax._checks import PyTree, as_key, broadcast_prefix, check_count, describe, is_inexact
 
 Batch = dict[int, PyTree]  # arguments that carry examples, by their numbers
 
@@ -97,8 +96,8 @@ def microbatch(
 def value_and_grad(
     fun: Callable[..., Any],
     *,
-    sigma: Sigma,
     mesh: jax.sharding.Mesh,
+    method: Callable[..., Any] = gradients.value_and_grad,
     axis_name: AxisName = "data",
     batch_argnums: int | Sequence[int] = (1,),
     num_microbatches: int = 1,
@@ -117,21 +116,22 @@ def value_and_grad(
     Args:
       fun: as in `nso_jax.value_and_grad`. It sees the examples of one device, so batch normalization has
         statistics per device; a loss should be a mean over examples.
-      sigma: standard deviation of one weight's noise.
       mesh: the mesh of devices, as of `jax.make_mesh`.
+      method: `nso_jax.value_and_grad`, or one of its rivals in `nso_jax.sharpness`, with which each device
+        climbs the loss of its own examples.
       axis_name: its axis, or axes, over which the batch is sharded; params are not.
       batch_argnums: which arguments of `fun` carry examples along the leading axis of every leaf.
       num_microbatches: m, parts that each device splits its examples into, with fresh noise for each; see
         `microbatch`.
       independent_draws: whether each device folds its index into the key.
-      **options: the other arguments of `nso_jax.value_and_grad`.
+      **options: the other arguments of the method, such as `sigma`.
 
     Returns:
       `fn(key, *args, **kwargs)` as of `nso_jax.value_and_grad`, its results the same on all devices along
       `axis_name`: inexact leaves averaged, others those of the first device.
 
     Raises:
-      TypeError: as `nso_jax.value_and_grad` and `microbatch`, or `mesh` is not a mesh.
+      TypeError: as the method and `microbatch`, or `mesh` is not a mesh.
       ValueError: as there, `axis_name` is not in the mesh, or the devices do not divide the batch.
 
     Example:
@@ -148,7 +148,7 @@ def value_and_grad(
     num_devices = math.prod(mesh.shape[axis] for axis in axes)
     argnums = _as_argnums(batch_argnums)
     local = microbatch(
-        gradients.value_and_grad(fun, sigma=sigma, **options),
+        method(fun, **options),
         num_microbatches,
         batch_argnums=argnums,
         axis_name=axes,
@@ -199,11 +199,11 @@ def mean_over_parts(
 
     Leaves of `out` that are not inexact are those of the first part.
     """
-    (batch, others, state), key = gradients.localize(
+    (batch, others, state), key = localize(
         (batch, others, state), key, axis_name, independent_draws=independent_draws
     )
     if count == 1:
-        return gradients.mean_over_axis(evaluate(key, batch, others, state), axis_name)
+        return mean_over_axis(evaluate(key, batch, others, state), axis_name)
     keys = jax.random.split(key, count)
 
     def part(i: Any) -> Batch:
@@ -226,10 +226,9 @@ def mean_over_parts(
     (total, state), kept = _backend.loop(add, (zeros, state), count)
     means, firsts = iter(total), iter(kept)
     out = [
-        (next(means) / count).astype(leaf.dtype) if gradients.is_inexact(leaf) else next(firsts)[0]
-        for leaf in leaves
+        (next(means) / count).astype(leaf.dtype) if is_inexact(leaf) else next(firsts)[0] for leaf in leaves
     ]
-    return gradients.mean_over_axis((jax.tree.unflatten(treedef, out), state), axis_name)
+    return mean_over_axis((jax.tree.unflatten(treedef, out), state), axis_name)
 
 
 def check_microbatch(fn: Any, num_microbatches: Any, batch_argnums: int | Sequence[int]) -> tuple[int, ...]:
@@ -303,7 +302,7 @@ def _resharded(tree: PyTree, mesh: Any, axes: tuple[Any, ...], specs: PyTree) ->
 
 
 def _split_inexact(leaves: list[Any]) -> tuple[list[Any], list[Any]]:
-    flags = [gradients.is_inexact(leaf) for leaf in leaves]
+    flags = [is_inexact(leaf) for leaf in leaves]
     return (
         [leaf for leaf, flag in zip(leaves, flags, strict=True) if flag],
         [leaf for leaf, flag in zip(leaves, flags, strict=True) if not flag],
@@ -312,7 +311,7 @@ def _split_inexact(leaves: list[Any]) -> tuple[list[Any], list[Any]]:
 
 def _from_first(x: jax.Array, axis_name: AxisName) -> jax.Array:
     """What the first device has, for leaves that have no mean; the others are the same on all devices."""
-    if gradients.is_inexact(x):
+    if is_inexact(x):
         return x
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import optax
 
 from nso_jax import noise
-from nso_jax._checks import PyTree, as_key, describe, is_function
-from nso_jax.gradients import AxisName, check_options, mean_over_draws
+from nso_jax._axes import AxisName
+from nso_jax._calls import check_update_arguments
+from nso_jax._checks import PyTree, as_key, is_function
+from nso_jax.gradients import check_options, mean_over_draws
 from nso_jax.noise import Sampler, Sigma
 
 
@@ -127,7 +129,7 @@ def noise_stability(
         **extra_args: Any,
     ) -> tuple[PyTree, NoiseStabilityState]:
         del extra_args
-        _check_update_arguments(params, grad_fn)
+        check_update_arguments("noise_stability", params, grad_fn)
         rng_key = jax.random.wrap_key_data(state.rng_key, impl=jax.random.key_impl(key))
         averaged, _ = mean_over_draws(
             lambda params, i: (grad_fn(params, i), ()),
@@ -178,18 +180,3 @@ def nso(
       Zhang, Li and Ju, Noise Stability Optimization for Finding Flat Minima, arXiv 2306.08553, 2023.
     """
     return optax.chain(noise_stability(sigma, key=key, **options), optimizer)
-
-
-def _check_update_arguments(params: PyTree, grad_fn: Any) -> None:
-    call = "call update(updates, state, params, grad_fn=grad_fn)."
-    if params is None:
-        raise ValueError(f"params: noise_stability perturbs them, but got None; {call}")
-    if not callable(grad_fn):
-        found = describe(grad_fn)
-        raise TypeError(f"grad_fn: expected a function (params, i) -> gradients, got {found}; {call}")
-    nodes = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
-    if any(isinstance(x, optax.MaskedNode) for x in nodes):
-        raise ValueError(
-            "params: some are optax.MaskedNode, which no loss can take. Put optax.masked and optax.partition "
-            "inside: chain(noise_stability(...), masked(...)). To perturb some leaves only, use mask."
-        )

@@ -1,0 +1,663 @@
+"""SAM and its family: equal to their published updates, to optax where that is defined, and finite beyond."""
+
+import inspect
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import nso_jax.nnx
+from nso_jax import noise, parallel, sharpness
+
+RHO, SIGMA = 0.1, 0.05
+METHODS = {
+    "sam": sharpness.sam,
+    "usam": sharpness.usam,
+    "asam": sharpness.asam,
+    "rsam": lambda fun, **options: sharpness.rsam(fun, sigma=SIGMA, **options),
+}
+
+
+@pytest.fixture(params=METHODS)
+def method(request):
+    return METHODS[request.param]
+
+
+# --- an independent implementation in NumPy -----------------------------------------------------------
+
+
+def loss(params, x, y):
+    hidden = jnp.tanh(x @ params["w1"] + params["b1"].reshape(1, -1))
+    return jnp.mean((hidden @ params["w2"] - y) ** 2)
+
+
+def numpy_grad(params, x, y):
+    hidden = np.tanh(x @ params["w1"] + params["b1"])
+    d_out = 2 * (hidden @ params["w2"] - y) / y.size
+    d_hidden = (d_out @ params["w2"].T) * (1 - hidden**2)
+    return {"w1": x.T @ d_hidden, "b1": d_hidden.sum(0), "w2": hidden.T @ d_out}
+
+
+def problem(dtype=np.float64, steps=20):
+    rng = np.random.default_rng(1)
+    shapes = {"w1": (4, 8), "b1": (8,), "w2": (8, 2)}
+    params = {name: (rng.normal(size=shape) * 0.5).astype(dtype) for name, shape in shapes.items()}
+    return (
+        params,
+        rng.normal(size=(steps, 16, 4)).astype(dtype),
+        rng.normal(size=(steps, 16, 2)).astype(dtype),
+    )
+
+
+def norm_of(tree):
+    return np.sqrt(sum(np.sum(x**2) for x in tree.values()))
+
+
+def at(params, step):
+    return {name: params[name] + step[name] for name in params}
+
+
+def numpy_step(name, params, u, x, y):
+    """What is added to the weights, by the papers' formulas."""
+    g = numpy_grad(params, x, y)
+    if name == "sam":
+        return {n: RHO * g[n] / norm_of(g) for n in g}
+    if name == "usam":
+        return {n: RHO * g[n] for n in g}
+    if name == "asam":
+        t = {n: abs(params[n]) + 0.01 for n in g}
+        length = norm_of({n: t[n] * g[n] for n in g})
+        return {n: RHO * t[n] ** 2 * g[n] / length for n in g}
+    g = numpy_grad(at(params, u), x, y)
+    d = {n: u[n] + 0.3 * g[n] for n in g}
+    return {n: RHO * d[n] / norm_of(d) for n in d}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_20_steps_equal_numpy(name, key, x64):
+    reference, xs, ys = problem()
+    params = jax.tree.map(jnp.asarray, reference)
+    options = {"sigma": SIGMA, "gradient_weight": 0.3} if name == "rsam" else {}
+    fn = jax.jit(getattr(sharpness, name)(loss, rho=RHO, **options))
+    for t, (x, y) in enumerate(zip(xs, ys, strict=True)):
+        step_key = jax.random.fold_in(key, t)
+        u = jax.tree.map(np.asarray, noise.perturbation(step_key, params, SIGMA))
+        value, grads = fn(step_key, params, x, y)
+        assert abs(value - loss(reference, x, y)) < 1e-12
+        params = jax.tree.map(lambda w, g: w - 0.1 * g, params, grads)
+        ascended = at(reference, numpy_step(name, reference, u, x, y))
+        reference = at(reference, {n: -0.1 * g for n, g in numpy_grad(ascended, x, y).items()})
+    chex.assert_trees_all_close(params, reference, rtol=1e-12)
+
+
+@pytest.mark.parametrize("optimizer", [optax.sgd(0.05, momentum=0.9), optax.adam(0.01)])
+def test_sam_equals_that_of_optax(key, optimizer, standard_promotion):
+    params, xs, ys = problem(np.float32)
+    ascent = optax.chain(optax.contrib.normalize(), optax.sgd(RHO))
+    theirs = optax.contrib.sam(optimizer, ascent, opaque_mode=True)
+    fn = sharpness.sam(loss, rho=RHO)
+
+    @jax.jit
+    def step(mine, state, other, other_state, x, y):
+        updates, state = optimizer.update(fn(key, mine, x, y)[1], state, mine)
+        grad_fn = lambda params, _: jax.grad(loss)(params, x, y)  # noqa: E731
+        other_updates, other_state = theirs.update(grad_fn(other, 0), other_state, other, grad_fn=grad_fn)
+        return (
+            optax.apply_updates(mine, updates),
+            state,
+            optax.apply_updates(other, other_updates),
+            other_state,
+        )
+
+    mine = other = jax.tree.map(jnp.asarray, params)
+    state, other_state = optimizer.init(mine), theirs.init(other)
+    for x, y in zip(xs, ys, strict=True):
+        mine, state, other, other_state = step(mine, state, other, other_state, x, y)
+    chex.assert_trees_all_close(mine, other, atol=1e-6)
+
+
+# --- where others fail --------------------------------------------------------------------------------
+
+
+def quartic(params):
+    return sum(jnp.sum(w.astype(jnp.float32) ** 4) for w in jax.tree.leaves(params))
+
+
+def test_zero_gradients_give_the_plain_gradient_where_optax_gives_nan(key, method):
+    w = jnp.zeros(3)
+    ascent = optax.chain(optax.contrib.normalize(), optax.sgd(RHO))
+    theirs = optax.contrib.sam(optax.sgd(1.0), ascent, opaque_mode=True)
+    updates, _ = theirs.update(w, theirs.init(w), w, grad_fn=lambda w, _: jax.grad(quartic)(w))
+    assert np.isnan(updates).all()
+    value, grads = jax.jit(method(quartic, rho=RHO))(key, w)
+    chex.assert_tree_all_finite((value, grads))
+    if method is not METHODS["rsam"]:  # which is moved by its noise
+        np.testing.assert_array_equal(grads, 0)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("scale", [1e-30, 1e-6, 1.0, 1e4, 1e30])
+def test_small_and_large_gradients_have_a_direction(key, dtype, scale):
+    """Squares of gradients of 1e-6 are zero in float16, and those of 1e30 infinite in float32."""
+    if not float(jnp.finfo(dtype).tiny) < scale < float(jnp.finfo(dtype).max):
+        pytest.skip("not a number of this type")
+    slope = scale * jnp.array([0.5, -1.0, 1.0, 0.25])
+
+    def tilted(w):
+        w = w.astype(jnp.float32)
+        return slope @ w + scale * jnp.sum(w**2)
+
+    w = jnp.array([1.0, -1.0, 0.5, 0.25], dtype)
+    value, grads = jax.jit(sharpness.sam(tilted, rho=0.5))(key, w)
+    h = (np.asarray(slope, np.float64) + 2 * scale * np.asarray(w, np.float64)) / scale
+    h = np.asarray(jnp.asarray(h * scale, dtype), np.float64) / scale  # as the loss's gradient is rounded
+    up = np.asarray(jnp.asarray(np.asarray(w, np.float64) + 0.5 * h / np.linalg.norm(h), dtype), np.float64)
+    assert grads.dtype == dtype
+    np.testing.assert_allclose(
+        np.asarray(grads, np.float64) / scale,
+        np.asarray(slope, np.float64) / scale + 2 * up,
+        rtol=2 * float(jnp.finfo(dtype).eps),
+    )
+    assert np.isfinite(value)
+
+
+def test_float16_steps_are_added_in_float32(key):
+    """A step of 1.2e-3 from 2, where float16 has a spacing of 2e-3 above: rounded once, it goes up."""
+    slope = lambda w: jnp.sum(w.astype(jnp.float32) ** 2)  # noqa: E731
+    w = jnp.full(4, 2.0, jnp.float16)
+    grads = jax.jit(sharpness.sam(slope, rho=2 * 1.2e-3))(key, w)[1]
+    np.testing.assert_array_equal(grads, 2 * np.nextafter(np.float16(2), np.float16(3)))
+
+
+def test_non_finite_gradients_stay_so(key, method):
+    value, grads = method(lambda w: jnp.sum(jnp.log(w)), rho=RHO, mask=False)(key, jnp.array([0.0, 1.0]))
+    assert not np.isfinite(value)
+    assert not np.isfinite(grads).all()
+    if method is not METHODS["rsam"]:  # whose noise leaves the point where it is infinite
+        value, grads = method(lambda w: jnp.sum(jnp.log(w)), rho=RHO)(key, jnp.array([0.0, 1.0]))
+        assert not np.isfinite(value)
+        assert np.isnan(grads).any()
+
+
+# --- options ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mask", [{"w": True, "b": False}, lambda _: {"w": True, "b": False}])
+def test_masked_leaves_do_not_move_and_do_not_count(key, method, mask):
+    params = {"w": jnp.array([1.0, 2.0]), "b": jnp.array([3.0])}
+    coupled = lambda p: jnp.sum(p["w"] ** 4) * jnp.sum(p["b"] ** 2)  # noqa: E731
+    value, grads = method(coupled, rho=RHO, mask=mask)(key, params)
+    of_w = lambda w: coupled({"w": w["w"], "b": params["b"]})  # noqa: E731
+    expected = method(of_w, rho=RHO)(key, {"w": params["w"]})
+    np.testing.assert_allclose(value, expected[0], rtol=1e-6)
+    np.testing.assert_allclose(grads["w"], expected[1]["w"], rtol=1e-5)
+    assert np.all(grads["b"] > jax.grad(coupled)(params)["b"])  # at the ascended w
+
+
+def test_nothing_masked_in_is_the_plain_gradient(key, method):
+    w = jnp.array([1.0, 2.0])
+    np.testing.assert_array_equal(method(quartic, rho=RHO, mask=False)(key, w)[1], jax.grad(quartic)(w))
+
+
+def test_without_a_radius_it_is_the_plain_gradient(key, method):
+    w = jnp.array([1.0, 2.0])
+    value, grads = method(quartic, rho=0.0)(key, w)
+    np.testing.assert_array_equal(grads, jax.grad(quartic)(w))
+    assert value == quartic(w)
+
+
+def test_aux_is_that_at_the_weights(key, method):
+    def with_aux(params, x):
+        hidden = x @ params["w"]
+        return jnp.sum(hidden**2), {"hidden": hidden, "count": 3, "more": [None]}
+
+    params, x = {"w": jnp.ones(3)}, jnp.ones((2, 3))
+    (value, aux), _ = jax.jit(method(with_aux, rho=RHO, has_aux=True))(key, params, x)
+    assert value == 18
+    np.testing.assert_array_equal(aux["hidden"], [3, 3])
+    assert aux["count"] == 3
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        2.0,
+        jnp.float16(2),
+        jnp.ones((2, 0)),
+        {},
+        {"a": jnp.ones(3, jnp.bfloat16), "b": [None, jnp.ones(())]},
+        {"z": jnp.ones(2, jnp.complex64), "x": jnp.ones((2, 3), jnp.float16)},
+    ],
+)
+def test_structures_shapes_and_dtypes_are_those_of_jax(key, method, params):
+    def squares(params):
+        parts = [jnp.sum(jnp.abs(w).astype(jnp.float32) ** 2) for w in jax.tree.leaves(params)]
+        return sum(parts, jnp.float32(0))
+
+    result = method(squares, rho=RHO)(key, params)
+    expected = jax.value_and_grad(squares)(params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(result, jax.tree.map(jnp.asarray, expected))
+    chex.assert_tree_all_finite(result)
+
+
+def test_complex_weights_climb(key):
+    """JAX's gradient of a real function of z is the conjugate of the direction of steepest ascent."""
+    z = jnp.array([1 + 2j, -0.5j])
+    grads = sharpness.sam(lambda z: jnp.sum(jnp.abs(z) ** 2), rho=0.5)(key, z)[1]
+    expected = 2 * np.conj(z) * (1 + 0.5 / np.linalg.norm(z))
+    np.testing.assert_allclose(grads, expected, rtol=1e-6)
+
+
+def test_argnums_and_keyword_arguments(key, method):
+    def fun(x, w, v, *, power):
+        return jnp.sum(x * w**power) + jnp.sum(v**power)
+
+    x, w, v = jnp.array([1.0, 2.0]), jnp.array([1.0, -1.0]), jnp.array(0.5)
+    value, grads = method(fun, rho=RHO, argnums=(1, -1))(key, x, w, v, power=4)
+    both = method(lambda both: fun(x, *both, power=4), rho=RHO)(key, (w, v))
+    assert value == fun(x, w, v, power=4)
+    chex.assert_trees_all_close(grads, both[1])
+
+
+def test_rho_may_be_a_schedule_and_nothing_is_retraced(key, method):
+    traces = []
+
+    @jax.jit
+    def step(key, w, rho):
+        traces.append(rho)
+        return method(quartic, rho=rho)(key, w)[1]
+
+    w = jnp.array([1.0, 2.0])
+    for rho in (0.0, 0.1, 0.2):
+        np.testing.assert_allclose(
+            step(key, w, jnp.float32(rho)), method(quartic, rho=rho)(key, w)[1], rtol=1e-6
+        )
+    assert len(traces) == 1
+
+
+def test_vmap_scan_and_donation(key, method):
+    fn = method(quartic, rho=RHO)
+    ws, keys = jnp.linspace(-1, 1, 12).reshape(4, 3), jax.random.split(key, 4)
+    one_by_one = [fn(k, w)[1] for k, w in zip(keys, ws, strict=True)]
+    np.testing.assert_allclose(jax.vmap(fn)(keys, ws)[1], jnp.stack(one_by_one), rtol=1e-5)
+    scanned, _ = jax.lax.scan(lambda w, k: (w - 0.1 * fn(k, w)[1], None), ws[0], keys)
+    looped = ws[0]
+    for k in keys:
+        looped -= 0.1 * fn(k, looped)[1]
+    np.testing.assert_allclose(scanned, looped, rtol=1e-5)
+    donated = jax.jit(lambda k, w: w - fn(k, w)[1], donate_argnums=1)(key, jnp.array(ws[0]))
+    np.testing.assert_allclose(donated, ws[0] - fn(key, ws[0])[1], rtol=1e-5)
+
+
+def test_asam_does_not_see_how_layers_are_scaled(key):
+    """Scaling one layer up and the next one down leaves the function, its ascent and its gradient's product."""
+    params, xs, ys = problem(np.float32)
+    linear = lambda p, x, y: jnp.mean((x @ p["w1"] @ p["w2"] - y) ** 2)  # noqa: E731
+    fn = jax.jit(sharpness.asam(linear, rho=0.5, eta=0.0))
+    params = {name: jnp.asarray(params[name]) for name in ("w1", "w2")}
+    rescaled = {"w1": 8 * params["w1"], "w2": params["w2"] / 8}
+    one, other = (fn(key, p, xs[0], ys[0])[1] for p in (params, rescaled))
+    np.testing.assert_allclose(other["w1"] * 8, one["w1"], rtol=1e-4)
+    np.testing.assert_allclose(other["w2"] / 8, one["w2"], rtol=1e-4)
+
+
+# --- random smoothing ---------------------------------------------------------------------------------
+
+
+def test_rsam_without_noise_is_sam(key):
+    params, xs, ys = problem(np.float32)
+    smooth = sharpness.rsam(loss, rho=RHO, sigma=0.0)(key, params, xs[0], ys[0])
+    chex.assert_trees_all_close(smooth, sharpness.sam(loss, rho=RHO)(key, params, xs[0], ys[0]), rtol=1e-5)
+
+
+def test_rsam_options_reach_the_noise(key):
+    w = jnp.array([1.0, 2.0, 0.0])
+    fn = sharpness.rsam(
+        quartic, rho=RHO, sigma=noise.relative(0.5), sampler=noise.rademacher, gradient_weight=0.0
+    )
+    u = noise.perturbation(key, w, noise.relative(0.5), sampler=noise.rademacher)
+    expected = jax.grad(quartic)(w + RHO * u / jnp.linalg.norm(u))
+    np.testing.assert_allclose(fn(key, w)[1], expected, rtol=1e-6)
+
+
+def test_rsam_spends_no_forward_pass_on_a_value_that_is_not_used(key):
+    params, xs, ys = problem(np.float32)
+
+    def flops(fn):
+        return jax.jit(fn).lower(key, params, xs[0], ys[0]).compile().cost_analysis()["flops"]
+
+    without = {
+        "sam": flops(lambda *args: sharpness.sam(loss, rho=RHO)(*args)[1]),
+        "rsam": flops(
+            lambda *args: sharpness.rsam(loss, rho=RHO, sigma=SIGMA, sampler=lambda _, s, d: jnp.ones(s, d))(
+                *args
+            )[1]
+        ),
+    }
+    assert without["rsam"] < 1.1 * without["sam"]
+
+
+# --- several devices ----------------------------------------------------------------------------------
+
+P = jax.P
+XS = jnp.linspace(-1, 1, 8 * 4 * 3).reshape(32, 3)
+DEVICE_PARAMS = {"w": jnp.array([1.0, -2.0, 0.5]), "b": jnp.ones(2)}
+
+
+def device_loss(params, x):
+    return jnp.mean((x @ params["w"]) ** 4) + jnp.sum(params["b"] ** 4), x.sum()
+
+
+def mesh_of(*sizes):
+    axis_types = (jax.sharding.AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(sizes, ("data", "model")[: len(sizes)], axis_types=axis_types)
+
+
+def on_devices(fn, how):
+    if how.startswith("shard_map"):
+        specs = {"in_specs": (P(), P(), P("data")), "out_specs": P(), "check_vma": how == "shard_map"}
+        return jax.jit(jax.shard_map(fn, mesh=mesh_of(8), **specs))
+    mapped = (jax.pmap if how == "pmap" else jax.vmap)(fn, axis_name="data", in_axes=(None, None, 0))
+    return lambda key, params, xs: jax.tree.map(
+        lambda x: x[0], mapped(key, params, xs.reshape(8, 4, *xs.shape[1:]))
+    )
+
+
+@pytest.mark.parametrize("how", ["shard_map", "shard_map unchecked", "pmap", "vmap"])
+def test_each_device_climbs_for_itself(key, method, how):
+    fn = method(device_loss, rho=RHO, has_aux=True, axis_name="data")
+    result = on_devices(fn, how)(key, DEVICE_PARAMS, XS)
+    local = jax.jit(method(device_loss, rho=RHO, has_aux=True))
+    parts = [local(jax.random.fold_in(key, i), DEVICE_PARAMS, XS[4 * i : 4 * i + 4]) for i in range(8)]
+    expected = jax.tree.map(lambda *xs: sum(xs) / 8, *parts)
+    chex.assert_trees_all_close(result, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["shard_map", "shard_map unchecked", "pmap", "vmap"])
+def test_all_devices_may_climb_together(key, method, how):
+    scalar = lambda *args: device_loss(*args)[0]  # noqa: E731
+    fn = method(scalar, rho=RHO, axis_name="data", global_ascent=True)
+    expected = jax.jit(method(scalar, rho=RHO))(key, DEVICE_PARAMS, XS)
+    result = on_devices(fn, how)(key, DEVICE_PARAMS, XS)
+    chex.assert_trees_all_close(result, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("together", "rounds"), [(False, 1), (True, 2)])
+def test_a_common_ascent_costs_one_more_all_reduce(key, together, rounds):
+    scalar = lambda *args: device_loss(*args)[0]  # noqa: E731
+    fn = sharpness.sam(scalar, rho=RHO, axis_name="data", global_ascent=together)
+    text = on_devices(fn, "shard_map").lower(key, DEVICE_PARAMS, XS).compile().as_text()
+    assert len(re.findall(r" all-reduce(?:-start)?\(", text)) == rounds
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_norms_are_those_of_whole_params_on_a_model_axis(key, method, checked):
+    specs = {"w": P("model"), "b": P()}
+
+    def local_loss(params, x):
+        own = x.reshape(-1, 2, 4)[:, jax.lax.axis_index("model")]
+        prediction = jax.lax.psum(own @ params["w"], "model")
+        return jnp.mean((prediction + jnp.sum(params["b"])) ** 4)
+
+    def whole_loss(params, x):
+        return jnp.mean((x @ params["w"] + jnp.sum(params["b"])) ** 4)
+
+    params, xs = {"w": jnp.linspace(-1, 1, 8), "b": jnp.ones(2)}, jnp.linspace(-1, 1, 64).reshape(8, 8)
+    options = {"axis_name": "data", "rho": RHO} | ({} if checked else {"param_specs": specs})
+    if method is METHODS["rsam"]:
+        options["mask"] = False if checked else {"w": False, "b": True}  # shards draw noise of their own
+    mapped = jax.shard_map(
+        method(local_loss, **options),
+        mesh=mesh_of(1, 2),
+        in_specs=(P(), specs, P("data")),
+        out_specs=(P(), specs),
+        check_vma=checked,
+    )
+    value, grads = jax.jit(mapped)(key, params, xs)
+    whole = method(whole_loss, rho=RHO, mask=options.get("mask"))
+    expected = jax.jit(whole)(jax.random.fold_in(key, 0), params, xs)
+    np.testing.assert_allclose(value, expected[0], rtol=1e-5)
+    if checked:  # else JAX itself gives a psum the wrong transpose
+        chex.assert_trees_all_close(grads, expected[1], rtol=1e-4, atol=1e-6)
+
+
+def test_microbatches_climb_for_themselves(key):
+    scalar = lambda *args: device_loss(*args)[0]  # noqa: E731
+    fn = jax.jit(parallel.microbatch(sharpness.sam(scalar, rho=RHO), 4))
+    one = jax.jit(sharpness.sam(scalar, rho=RHO))
+    parts = [one(key, DEVICE_PARAMS, XS[i::4]) for i in range(4)]
+    expected = jax.tree.map(lambda *xs: sum(xs) / 4, *parts)
+    chex.assert_trees_all_close(fn(key, DEVICE_PARAMS, XS), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_on_a_mesh_one_argument_changes(key, method):
+    scalar = lambda *args: device_loss(*args)[0]  # noqa: E731
+    fn = parallel.value_and_grad(scalar, method=method, rho=RHO, mesh=mesh_of(8))
+    mapped = on_devices(method(scalar, rho=RHO, axis_name="data"), "shard_map")
+    chex.assert_trees_all_close(
+        jax.jit(fn)(key, DEVICE_PARAMS, XS), mapped(key, DEVICE_PARAMS, XS), rtol=1e-5, atol=1e-6
+    )
+
+
+# --- Flax NNX -----------------------------------------------------------------------------------------
+
+
+class Net(nnx.Module):
+    def __init__(self, rngs):
+        self.linear = nnx.Linear(3, 4, rngs=rngs)
+        self.norm = nnx.BatchNorm(4, momentum=0.9, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.head = nnx.Linear(4, 1, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(self.dropout(nnx.tanh(self.norm(self.linear(x)))))
+
+
+def test_in_nnx_one_argument_changes(key, method, standard_promotion):
+    """Statistics and random streams move as the evaluation at W says, and masks are the same in both."""
+
+    def squares(model, x):
+        return jnp.mean(model(x) ** 2)
+
+    x = jnp.linspace(-1, 1, 24).reshape(8, 3)
+    model, plain, twin = (Net(nnx.Rngs(0)) for _ in range(3))
+    value, grads = nso_jax.nnx.value_and_grad(squares, method=method, rho=RHO)(key, model, x)
+    plain_value, _ = nnx.value_and_grad(squares)(plain, x)
+    assert value == plain_value
+    for kind in (nnx.BatchStat, nnx.RngCount):
+        chex.assert_trees_all_close(*(jax.tree.leaves(nnx.state(m, kind)) for m in (model, plain)))
+
+    graphdef, params, rest = nnx.split(twin, nnx.Param, ...)
+    pure = method(lambda params, x: squares(nnx.merge(graphdef, params, rest, copy=True), x), rho=RHO)
+    expected = jax.tree.leaves(pure(key, params, x)[1])
+    if method is not METHODS["rsam"]:  # whose noise depends on the paths
+        chex.assert_trees_all_close(jax.tree.leaves(grads), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_aux_modes_are_not_for_the_rivals():
+    with pytest.raises(TypeError, match="aux: 'stack' is for nso_jax"):
+        nso_jax.nnx.value_and_grad(lambda model: 0.0, method=sharpness.sam, rho=RHO, aux="stack")
+
+
+# --- Bayesian SAM -------------------------------------------------------------------------------------
+
+BAYES = {"num_examples": 200, "rho": 0.05, "weight_decay": 0.01, "damping": 0.2, "b1": 0.8, "b2": 0.9}
+
+
+def bsam_step(tx):
+    @jax.jit
+    def step(params, state, x, y):
+        grad_fn = lambda params, _: jax.grad(loss)(params, x, y)  # noqa: E731
+        updates, state = tx.update(grad_fn(params, 0), state, params, grad_fn=grad_fn)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def test_20_steps_of_bsam_equal_numpy(key, x64):
+    reference, xs, ys = problem()
+    params = jax.tree.map(jnp.asarray, reference)
+    tx = sharpness.bsam(
+        lambda count: 0.2 - 0.005 * count.astype(float), key=key, initial_precision=0.5, **BAYES
+    )
+    state, step = tx.init(params), bsam_step(tx)
+    m = {n: np.zeros_like(w) for n, w in reference.items()}
+    s = {n: np.full_like(w, 0.5) for n, w in reference.items()}
+    for t, (x, y) in enumerate(zip(xs, ys, strict=True)):
+        z = jax.tree.map(np.asarray, noise.perturbation(jax.random.fold_in(key, t), params, 1.0))
+        params, state = step(params, state, x, y)
+
+        h = numpy_grad(at(reference, {n: z[n] / np.sqrt(200 * s[n]) for n in z}), x, y)
+        g = numpy_grad(at(reference, {n: 0.05 * h[n] / s[n] for n in h}), x, y)
+        for n, w in reference.items():
+            m[n] = 0.8 * m[n] + 0.2 * (g[n] + 0.01 * w)
+            reference[n] = w - (0.2 - 0.005 * t) * m[n] / s[n]
+            s[n] = 0.9 * s[n] + 0.1 * (np.sqrt(s[n]) * abs(h[n]) + 0.01 + 0.2)
+    chex.assert_trees_all_close(params, reference, rtol=1e-10)
+    chex.assert_trees_all_close(state.precision, s, rtol=1e-10)
+    assert state.count == 20
+
+
+def test_bsam_converges_and_its_precision_follows_the_curvature(key):
+    """Around the minimum of a quadratic |h| is in proportion to the curvature, so s is larger where it is."""
+    curvature = jnp.array([1.0, 10.0])
+    tx = sharpness.bsam(0.1, num_examples=10, key=key, weight_decay=0.0, damping=0.01, b2=0.99)
+
+    @jax.jit
+    def step(w, state):
+        updates, state = tx.update(w, state, w, grad_fn=lambda w, _: curvature * w)
+        return w + updates, state
+
+    w, state = jnp.array([3.0, -3.0]), tx.init(jnp.zeros(2))
+    for _ in range(2000):
+        w, state = step(w, state)
+    assert np.all(abs(w) < 0.3)
+    assert state.precision[1] > 3 * state.precision[0]
+
+
+def test_bsam_averages_over_devices(key):
+    tx = sharpness.bsam(0.1, key=key, axis_name="data", **BAYES)
+    scalar = lambda *args: device_loss(*args)[0]  # noqa: E731
+
+    def update(_, params, x):
+        grad_fn = lambda params, _: jax.grad(scalar)(params, x)  # noqa: E731
+        return tx.update(params, tx.init(params), params, grad_fn=grad_fn)
+
+    updates, state = on_devices(update, "shard_map")(key, DEVICE_PARAMS, XS)
+    own = sharpness.bsam(0.1, key=key, **BAYES)
+    momenta, sizes = [], []
+    for i in range(8):
+        draw_key = jax.random.fold_in(jax.random.fold_in(key, 0), i)
+        grad = lambda params, i=i: jax.grad(scalar)(params, XS[4 * i : 4 * i + 4])  # noqa: E731
+        u = noise.perturbation(draw_key, DEVICE_PARAMS, 1 / np.sqrt(200))
+        h = grad(noise.perturb(DEVICE_PARAMS, u))
+        g = grad(jax.tree.map(lambda w, h: w + 0.05 * h, DEVICE_PARAMS, h))
+        momenta.append(jax.tree.map(lambda g, w: 0.2 * (g + 0.01 * w), g, DEVICE_PARAMS))
+        sizes.append(jax.tree.map(abs, h))
+    mean = lambda trees: jax.tree.map(lambda *xs: sum(xs) / 8, *trees)  # noqa: E731
+    chex.assert_trees_all_close(updates, jax.tree.map(lambda m: -0.1 * m, mean(momenta)), rtol=1e-4)
+    expected = jax.tree.map(lambda h: 0.9 + 0.1 * (h + 0.21), mean(sizes))
+    chex.assert_trees_all_close(state.precision, expected, rtol=1e-5)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, own.init(DEVICE_PARAMS))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+def test_bsam_keeps_dtypes_masks_and_a_state_of_arrays(key, dtype):
+    params = {"w": jnp.ones(3, dtype), "b": jnp.zeros(2, dtype)}
+    tx = sharpness.bsam(0.1, key=key, mask={"w": True, "b": False}, **BAYES)
+    seen = []
+    state = tx.init(params)
+    grad_fn = lambda p, i: (seen.append((int(i), p)), jax.tree.map(jnp.zeros_like, p))[1]  # noqa: E731
+    updates, new = tx.update(params, state, params, grad_fn=grad_fn, unknown=3)
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
+    chex.assert_tree_all_finite((updates, new))
+    assert [i for i, _ in seen] == [0, 1]
+    for _, perturbed in seen:
+        np.testing.assert_array_equal(perturbed["b"], params["b"])
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state))
+    assert not any(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in jax.tree.leaves(state))
+
+
+def test_bsam_takes_injected_hyperparameters(key):
+    params, xs, ys = problem(np.float32)
+    static = ("num_examples", "mask", "axis_name")
+    plain = sharpness.bsam(0.1, key=key, **BAYES)
+    injected = optax.inject_hyperparams(sharpness.bsam, static_args=static)(0.1, key=key, **BAYES)
+    expected, _ = bsam_step(plain)(params, plain.init(params), xs[0], ys[0])
+    result, _ = bsam_step(injected)(params, injected.init(params), xs[0], ys[0])
+    chex.assert_trees_all_close(result, expected, rtol=1e-6)
+
+
+# --- one calling form, and bad input ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*METHODS, "value_and_grad"])
+def test_all_have_one_calling_form(name):
+    function = nso_jax.value_and_grad if name == "value_and_grad" else getattr(sharpness, name)
+    first, *others = inspect.signature(function).parameters.values()
+    assert first.name == "fun"
+    assert all(other.kind in (other.KEYWORD_ONLY, other.VAR_KEYWORD) for other in others)
+    inner = function(
+        quartic,
+        **{"value_and_grad": {"sigma": 0.1}, "rsam": {"rho": 0.1, "sigma": 0.1}}.get(name, {"rho": 0.1}),
+    )
+    assert list(inspect.signature(inner).parameters) == ["key", "args", "kwargs"]
+
+
+W = {"w": jnp.ones((2, 3)), "n": jnp.ones(2)}
+
+
+def sam(fun=quartic, **options):
+    return sharpness.sam(fun, **{"rho": RHO, **options})
+
+
+def bsam(key, **options):
+    return sharpness.bsam(0.1, key=key, **{"num_examples": 10, **options})
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda _: sam(fun=3), TypeError, "fun: expected a function, got int"),
+        (lambda _: sharpness.usam(quartic, rho=-1), ValueError, "rho: expected a number >= 0, got -1"),
+        (lambda _: sam(rho=jnp.nan), ValueError, "rho: expected a number >= 0, got nan"),
+        (lambda _: sam(rho="large"), TypeError, "rho: expected a real number, got 'large'"),
+        (lambda _: sam(rho=jnp.ones(2)), ValueError, r"rho: expected a scalar, got shape \(2,\)"),
+        (lambda _: sharpness.asam(quartic, rho=1, eta=-1), ValueError, "eta: expected a number >= 0, got -1"),
+        (lambda _: sam(global_ascent=1, axis_name="data"), TypeError, "global_ascent: expected True or False, got 1"),
+        (lambda _: sam(global_ascent=True), ValueError, "global_ascent: True needs axis_name"),
+        (lambda _: sam(param_specs="data"), TypeError, "param_specs: expected partition specs, got 'data'"),
+        (lambda _: sam(param_specs=P("data"), axis_name="data"), ValueError, "param_specs: .* splits params over axis_name"),
+        (lambda k: sam(mask={"w": True})(k, W), ValueError, "mask: not a prefix"),
+        (lambda k: sam(mask={"w": True, "n": 1})(k, W), TypeError, r"mask: expected True or False for leaf \['n'\], got 1"),
+        (lambda _: sam()(W), TypeError, "key: expected a PRNG key.* got dict"),
+        (lambda _: sam()(0, W), TypeError, r"key: expected a PRNG key.* got 0 \(int\)"),
+        (lambda _: sam()(), TypeError, "missing 1 required positional argument: 'key'"),
+        (lambda k: sam(argnums=1)(k, W), TypeError, "argnums: 1 is out of range, got 1 arguments after the key"),
+        (lambda k: sam()(k, {"w": jnp.ones(2, int)}), TypeError, r"argnums=0: leaf \['w'\] is int32\[2\]"),
+        (lambda k: sam(lambda w: w)(k, jnp.ones(2)), TypeError, r"fun: expected a real scalar as the loss, got float32\[2\]"),
+        (lambda k: sam(lambda w: (w.sum(), 1))(k, jnp.ones(2)), TypeError, "fun: .* got tuple.* set has_aux=True"),
+        (lambda k: sam(lambda w: w.sum(), has_aux=True)(k, jnp.ones(2)), TypeError, r"fun: .* a pair \(loss, aux\), got float32"),
+        (lambda k: sharpness.rsam(quartic, rho=1, sigma=-1)(k, W), ValueError, r"sigma: .* >= 0 for leaf \['n'\], got -1"),
+        (lambda _: sharpness.rsam(quartic, rho=1, sigma=1, gradient_weight=-1), ValueError, "gradient_weight: expected a number >= 0"),
+        (lambda _: sharpness.rsam(quartic, rho=1, sigma=1, sampler=3), TypeError, "sampler: expected a function .* got 3"),
+        (lambda _: bsam(0), TypeError, r"key: expected a PRNG key.* got 0 \(int\)"),
+        (lambda k: bsam(k, num_examples=0), ValueError, "num_examples: expected an int >= 1, got 0"),
+        (lambda k: bsam(k, rho=-1), ValueError, "rho: expected a number >= 0, got -1"),
+        (lambda k: bsam(k, b2=1.0), ValueError, r"b2: expected a number in \[0, 1\), got 1.0"),
+        (lambda k: bsam(k, initial_precision=0), ValueError, "initial_precision: expected a number > 0, got 0"),
+        (lambda k: bsam(k).init({"w": jnp.ones(2, int)}), TypeError, r"params: leaf \['w'\] is int32\[2\]"),
+        (lambda k: bsam(k).init(jnp.ones(2, jnp.complex64)), TypeError, r"params: leaf \(the whole\) is complex64\[2\].*split_real_and_imaginary"),
+        (lambda k: bsam(k).update(W, bsam(k).init(W)), ValueError, "params: bsam perturbs them, but got None"),
+        (lambda k: bsam(k).update(W, bsam(k).init(W), W), TypeError, "grad_fn: expected a function"),
+    ],
+)  # fmt: skip
+def test_errors_name_argument_value_and_leaf(key, call, error, message):
+    with pytest.raises(error, match=message):
+        call(key)
