@@ -1,6 +1,6 @@
 """Train JAX networks toward flat minima, and measure that they are flat."""
 
-from nso_jax import curvature, noise, parallel, sharpness
+from nso_jax import curvature, noise, parallel, penalties, sharpness
 from nso_jax.gradients import value_and_grad
 from nso_jax.transform import NoiseStabilityState, noise_stability, nso
 
@@ -12,6 +12,7 @@ __all__ = [
     "noise_stability",
     "nso",
     "parallel",
+    "penalties",
     "sharpness",
     "value_and_grad",
 ]

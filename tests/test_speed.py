@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 import nso_jax
+from nso_jax import sharpness
 
 pytestmark = pytest.mark.timing
 
@@ -53,5 +54,15 @@ def test_a_convnet_with_4_draws_costs_8_plain_gradients(key):
     ratio = median_ratio(
         lambda: averaged(key, params, x, y),
         lambda: [jax.block_until_ready(plain(params, x, y)) for _ in range(8)],
+    )
+    assert ratio <= 1.1
+
+
+def test_sam_costs_two_plain_gradients(key):
+    params, x, y = convnet(key)
+    sam = jax.jit(sharpness.sam(convnet_loss, rho=0.05))
+    plain = jax.jit(jax.value_and_grad(convnet_loss))
+    ratio = median_ratio(
+        lambda: sam(key, params, x, y), lambda: [jax.block_until_ready(plain(params, x, y)) for _ in range(2)]
     )
     assert ratio <= 1.1

@@ -1,0 +1,466 @@
+"""Penalties: functions to be added to a loss, and differentiated with it.
+
+`loss(params, x, y) + c * penalties.hessian_trace(key, loss, params, x, y)` is a loss for any optimizer. The
+penalties of the inputs and outputs are arrays of one number per example, to be averaged like optax's losses.
+All work under jit, vmap and differentiation. All but `confidence` differentiate `fun` forward as well as
+backward, so it must not use `jax.custom_vjp`. Label smoothing, EMA and SWA are in optax.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nso_jax import _backend, noise
+from nso_jax._checks import (
+    PyTree,
+    as_key,
+    check_choice,
+    check_count,
+    check_inexact,
+    check_loss,
+    describe,
+    dtype_of,
+    leaf_mask,
+)
+from nso_jax.noise import Sampler, widen
+
+_ROUNDING = 1e-6  # of a probability that is meant to be one over a whole number
+
+
+def hessian_trace(
+    key: jax.Array,
+    fun: Callable[..., Any],
+    params: PyTree,
+    *args: Any,
+    prob: float = 1.0,
+    drop: Literal["weight", "leaf"] = "weight",
+    num_samples: int = 1,
+    mask: PyTree = None,
+) -> jax.Array:
+    """An unbiased estimate of the trace of the loss's Hessian with respect to the weights (SEHT).
+
+        Tr(H) = E[v^T H v] / prob,   v_i = +1 or -1 with probability prob/2 each, else 0
+
+    Its gradient is as unbiased for that of the trace. v^T H v is the second derivative of the loss along v,
+    by forward over forward differentiation. Loss and penalty cost about 2.6 plain gradients instead of 1.
+
+    Args:
+      key: a PRNG key, typed or legacy.
+      fun: `fun(params, *args)` returning the loss, a real scalar.
+      params: a pytree with inexact leaves. Real and imaginary parts of a complex leaf are weights each.
+      *args: what else `fun` takes, such as the data.
+      prob: the probability in (0, 1] with which a weight or a leaf is kept. The default of 1, Hutchinson's
+        estimate, has the least variance.
+      drop: what is dropped if `prob` is below 1. "weight": each weight for itself, the published form, which
+        saves nothing: with its random numbers it takes 3 to 4 plain gradients. "leaf": the leaves are dealt
+        in order into M = 1/prob groups with about as many weights each, and a sample is M v^T H v of one
+        group drawn at random. It differentiates with respect to that group only, in a branch of
+        `jax.lax.switch`: for an MLP of five layers on CPU with M = 2, 3 and 6, loss and penalty cost 3.4,
+        3.2 and 2.9 plain gradients instead of 4.3; for one of three layers it saves a tenth at most.
+        Under vmap over keys all branches are computed. With convolutions it does not pay on CPU, where one
+        in a branch takes 9 times as long as outside: there, give the group as `mask`, add M times the
+        result, and jit the step once for each group. GPU and TPU were not measured.
+      num_samples: k; the result is the mean of k estimates, of which number j uses
+        `jax.random.split(key, k)[j]`. The default of 1 leaves the averaging to the training steps.
+      mask: the leaves whose share of the trace is estimated: bools, a prefix pytree of `params` or a
+        function giving one. The default is all of them.
+
+    Returns:
+      A scalar, in float32 at least.
+
+    Raises:
+      TypeError: an argument has the wrong type, `key` is not a PRNG key, a leaf of `params` is not inexact,
+        or the loss is not a real scalar.
+      ValueError: `prob` is outside (0, 1], or not 1/M for a whole number M of groups with `drop="leaf"`;
+        `drop` is unknown, `num_samples` is below 1, or `mask` does not fit.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from nso_jax import penalties
+      >>> loss = lambda w: jnp.sum(w**4)
+      >>> penalized = lambda w, key: loss(w) + 0.1 * penalties.hessian_trace(key, loss, w)
+      >>> print(jax.grad(penalized)(jnp.array([1.0, 2.0]), jax.random.key(0)))  # 4 w^3 + .1 * 24 w
+      [ 6.4 36.8]
+
+    References:
+      Liu, Yu and Lin, Regularizing Deep Neural Networks with Stochastic Estimators of Hessian Trace,
+      arXiv 2208.05924, 2022.
+    """
+    key = as_key(key)
+    _check_function(fun)
+    check_inexact(params)
+    _check_probability(prob)
+    check_choice("drop", drop, ("weight", "leaf"))
+    check_count("num_samples", num_samples)
+    leaves, treedef = jax.tree.flatten(params)
+    chosen = [i for i, flag in enumerate(leaf_mask(mask, params)) if flag]
+    sampler = _thinned_signs(prob) if drop == "weight" and prob < 1 else noise.rademacher
+
+    def curvature(key: jax.Array, kept: Sequence[int]) -> jax.Array:
+        """v^T H v, v being zero but in the leaves that are kept."""
+        flags = jax.tree.unflatten(treedef, [i in kept for i in range(len(leaves))])
+        probe = noise.perturbation(key, params, 1.0, sampler=sampler, mask=flags)
+        weights = [jnp.asarray(leaves[i]) for i in kept]
+
+        def loss(weights: list[jax.Array]) -> Any:
+            merged = dict(enumerate(leaves)) | dict(zip(kept, weights, strict=True))
+            value = fun(jax.tree.unflatten(treedef, merged.values()), *args)
+            check_loss(value)
+            return value
+
+        v = jax.tree.map(_as_direction, jax.tree.leaves(probe), weights)
+        return widen(_second_derivative(loss, weights, v, v))
+
+    if drop == "weight" or prob == 1:
+        return _mean_over_keys(lambda key: curvature(key, chosen) / float(prob), key, num_samples)
+    groups = [[chosen[i] for i in group] for group in _deal([np.size(leaves[i]) for i in chosen], prob)]
+
+    def curvature_of_one_group(key: jax.Array) -> jax.Array:
+        drawn = jax.random.randint(jax.random.fold_in(key, 0), (), 0, len(groups))
+        branches = [lambda key, group=group: curvature(key, group) for group in groups]
+        return len(groups) * jax.lax.switch(drawn, branches, key)
+
+    return _mean_over_keys(curvature_of_one_group, key, num_samples, vectorized=False)
+
+
+def input_hessian_norm(
+    key: jax.Array,
+    fun: Callable[..., Any],
+    inputs: PyTree,
+    *args: Any,
+    num_steps: int = 1,
+    step_size: Any = math.inf,
+) -> jax.Array:
+    """For each example the operator norm of the Hessian H of its loss with respect to its input.
+
+    The norm is max |H v| over unit vectors v, sought by gradient ascent from a random normal one:
+
+        g = grad_v |H v| = H u,   u = H v / |H v|,   v <- unit(v + step_size * g / |g|)
+
+    The result is |H v| <= |H|, with the derivative of u^T H v at fixed u and v. That is exact to first order
+    given v; higher derivatives take u as fixed. Where H v is zero, the result and its gradient are zero. Loss
+    and penalty cost about 2.9 plain gradients instead of 1, and each step of the search about 1 more.
+
+    Args:
+      key: a PRNG key, typed or legacy.
+      fun: `fun(inputs, *args)` returning the losses of the examples, each a function of its own example
+        only, so without batch statistics. Their axes are the batch axes, usually one: shape (n,). A scalar is
+        the loss of one example without batch axis, for use under vmap.
+      inputs: a real array, or a pytree of them; the batch axes come first in each leaf.
+      *args: what else `fun` takes, such as labels and params, which may also be closed over.
+      num_steps: of the ascent. The default of 1 costs the least; v being forgotten between training steps,
+        more of them give a closer bound.
+      step_size: > 0. The default, infinity, is power iteration on H^2.
+
+    Returns:
+      An array of the shape of the losses, in float32 at least.
+
+    Raises:
+      TypeError: an argument has the wrong type, `key` is not a PRNG key, a leaf of `inputs` is not real, or
+        `fun` returns something else than losses whose axes lead in each leaf.
+      ValueError: `num_steps` is below 1, or `step_size` is not above 0.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from nso_jax import penalties
+      >>> losses = lambda x, scales: jnp.sum(scales * x**2, axis=1)
+      >>> x, scales = jnp.ones((2, 2)), jnp.array([[1.0, 0.0], [0.0, -3.0]])
+      >>> penalties.input_hessian_norm(jax.random.key(0), losses, x, scales)
+      Array([2., 6.], dtype=float32)
+
+    References:
+      Mustafa, Vandermeulen and Kloft, Input Hessian Regularization of Neural Networks,
+      arXiv 2009.06571, 2020.
+    """
+    key = as_key(key)
+    check_count("num_steps", num_steps)
+    _check_step_size(step_size)
+    inputs, losses_like = _check_inputs(fun, inputs, args)
+    axes = losses_like.ndim
+
+    def losses(x: PyTree) -> jax.Array:
+        return fun(x, *args)
+
+    def product(v: PyTree) -> PyTree:
+        """H v, as a constant."""
+        gradient = jax.grad(lambda x: jnp.sum(losses(x)))
+        return jax.lax.stop_gradient(jax.jvp(gradient, (inputs,), (_cast_like(v, inputs),))[1])
+
+    def ascend(v: PyTree, _: Any) -> tuple[PyTree, None]:
+        u, _ = _unit(product(v), axes)
+        direction, _ = _unit(product(u), axes)
+        moved = jax.tree.map(lambda d, v: d + v / jnp.asarray(step_size).astype(v.dtype), direction, v)
+        return _unit(moved, axes)[0], None
+
+    start, _ = _unit(noise.perturbation(key, inputs, 1.0, sampler=noise.normal), axes)
+    v, _ = _backend.loop(ascend, start, num_steps)
+    u, norm = _unit(product(v), axes)
+    slope = _second_derivative(losses, inputs, _cast_like(u, inputs), _cast_like(v, inputs))
+    return _with_derivative(norm, slope)
+
+
+def input_gradient(fun: Callable[..., Any], inputs: PyTree, *args: Any) -> jax.Array:
+    """For each example the squared norm of the gradient g of its loss with respect to its input.
+
+    |g|^2 is also the derivative of the loss along g, and half the gradient of |g|^2 is that derivative's at
+    fixed g: forward over reverse differentiation instead of reverse over reverse (double backpropagation).
+    It is exact to first order; higher derivatives take g as fixed. Loss and penalty cost about 2.4 plain
+    gradients instead of 1, by reverse over reverse 3.8.
+
+    Args:
+      fun: `fun(inputs, *args)` returning the losses of the examples, each a function of its own example
+        only, so without batch statistics. Their axes are the batch axes, usually one: shape (n,). A scalar is
+        the loss of one example without batch axis, for use under vmap.
+      inputs: a real array, or a pytree of them; the batch axes come first in each leaf.
+      *args: what else `fun` takes, such as labels and params, which may also be closed over.
+
+    Returns:
+      An array of the shape of the losses, in float32 at least.
+
+    Raises:
+      TypeError: `fun` is not a function, a leaf of `inputs` is not real, or `fun` returns something else than
+        losses whose axes lead in each leaf.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from nso_jax import penalties
+      >>> losses = lambda x: jnp.sum(x**2, axis=1)
+      >>> penalties.input_gradient(losses, jnp.array([[1.0, 2.0], [0.0, 0.0]]))
+      Array([20.,  0.], dtype=float32)
+
+    References:
+      Drucker and LeCun, Improving generalization performance using double backpropagation, IEEE Transactions
+      on Neural Networks 3(6), 1992.
+    """
+    inputs, losses_like = _check_inputs(fun, inputs, args)
+    return _squared_gradient(lambda x: fun(x, *args), inputs, losses_like.ndim)
+
+
+def jacobian(
+    key: jax.Array, fun: Callable[..., Any], inputs: PyTree, *args: Any, num_projections: int = 1
+) -> jax.Array:
+    """For each example an unbiased estimate of the squared Frobenius norm of the Jacobian of its outputs.
+
+        |dz/dx|^2 = C E[|d(v . z)/dx|^2],   v uniform on the unit sphere in C dimensions
+
+    for C outputs z, with the derivative as `input_gradient` takes it: exact to first order given v. Loss and
+    penalty cost about 1.7 plain gradients instead of 1, and .8 more for each further projection.
+
+    Args:
+      key: a PRNG key, typed or legacy.
+      fun: `fun(inputs, *args)` returning the outputs, say logits, of shape (n, C); further axes count as
+        outputs too. Each example's depend on that example only, so no batch statistics.
+      inputs: a real array, or a pytree of them, with the batch axis first in each leaf.
+      *args: what else `fun` takes, such as params, which may also be closed over.
+      num_projections: k vectors v, independent for each example, number j drawn with
+        `jax.random.split(key, k)[j]`; the results are averaged. The default of 1 leaves the averaging
+        to the batch and the training steps.
+
+    Returns:
+      An array of shape (n,), in float32 at least.
+
+    Raises:
+      TypeError: an argument has the wrong type, `key` is not a PRNG key, a leaf of `inputs` is not real, or
+        `fun` returns something else than real outputs with the batch axis first.
+      ValueError: `num_projections` is below 1.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from nso_jax import penalties
+      >>> logits = lambda x, w: x @ w
+      >>> penalties.jacobian(jax.random.key(0), logits, jnp.ones((2, 3)), 2 * jnp.eye(3)).round()
+      Array([12., 12.], dtype=float32)
+
+    References:
+      Hoffman, Roberts and Yaida, Robust Learning with Jacobian Regularization, arXiv 1908.02729, 2019.
+    """
+    key = as_key(key)
+    check_count("num_projections", num_projections)
+    inputs, outputs_like = _check_inputs(fun, inputs, args, outputs=True)
+    dtype = jax.eval_shape(widen, outputs_like).dtype
+    count = math.prod(outputs_like.shape[1:])
+
+    def estimate(key: jax.Array) -> jax.Array:
+        v, _ = _unit(noise.normal(key, outputs_like.shape, dtype), 1)
+
+        def projection(x: PyTree) -> jax.Array:
+            return jnp.sum(v * widen(fun(x, *args)), axis=tuple(range(1, v.ndim)))
+
+        return count * _squared_gradient(projection, inputs, 1)
+
+    return _mean_over_keys(estimate, key, num_projections)
+
+
+def confidence(logits: jax.Array) -> jax.Array:
+    """Minus the entropy of each example's class probabilities: the sum over classes of p log p.
+
+    To be added with a positive weight: the published loss is -log p - beta * entropy. A class of
+    probability 0, such as one whose logit is minus infinity, contributes 0. The cost is that of a softmax.
+
+    Args:
+      logits: of shape (..., C), the classes last.
+
+    Returns:
+      An array of shape (...), in float32 at least, in nats: from -log C for equal probabilities to 0.
+
+    Raises:
+      TypeError: `logits` is not a real floating array.
+      ValueError: it has no classes.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from nso_jax import penalties
+      >>> print(penalties.confidence(jnp.array([[0.0, 0.0], [0.0, -jnp.inf]])).round(3))
+      [-0.693  0.   ]
+
+    References:
+      Pereyra et al., Regularizing Neural Networks by Penalizing Confident Output Distributions,
+      arXiv 1701.06548, 2017.
+    """
+    dtype = dtype_of(logits)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"logits: expected a real floating array, got {describe(logits)}.")
+    if jnp.shape(logits)[-1:] in ((), (0,)):
+        raise ValueError(f"logits: expected shape (..., classes), got {describe(logits)}.")
+    log_p = jax.nn.log_softmax(widen(logits))
+    p = jnp.exp(log_p)
+    return jnp.sum(p * jnp.where(p > 0, log_p, 0), axis=-1)
+
+
+def _squared_gradient(losses: Callable[[PyTree], jax.Array], inputs: PyTree, axes: int) -> jax.Array:
+    """|g|^2 for each example; along g / |g|, since the derivative along g may overflow in half precision."""
+    gradient = jax.lax.stop_gradient(jax.grad(lambda x: jnp.sum(losses(x)))(inputs))
+    direction, norm = _unit(gradient, axes)
+    _, slope = jax.jvp(losses, (inputs,), (_cast_like(direction, inputs),))
+    return _with_derivative(norm**2, 2 * norm * widen(slope).astype(norm.dtype))
+
+
+def _second_derivative(fun: Callable[[PyTree], Any], x: PyTree, u: PyTree, v: PyTree) -> jax.Array:
+    """u^T H v."""
+    return jax.jvp(lambda x: jax.jvp(fun, (x,), (v,))[1], (x,), (u,))[1]
+
+
+def _with_derivative(value: jax.Array, slope: jax.Array) -> jax.Array:
+    """The value of the one with the derivatives of the other."""
+    slope = widen(slope).astype(value.dtype)
+    return jax.lax.stop_gradient(value) + (slope - jax.lax.stop_gradient(slope))
+
+
+def _unit(v: PyTree, axes: int) -> tuple[PyTree, jax.Array]:
+    """`v` over its norm, and that norm, over all leaves and all but the batch axes. Zero stays zero."""
+    v = jax.tree.map(widen, v)
+    leaves = jax.tree.leaves(v)
+    dtype = np.result_type(*[x.dtype for x in leaves])
+    squares = [jnp.sum(jnp.square(x), axis=tuple(range(axes, x.ndim))).astype(dtype) for x in leaves]
+    norm = jnp.sqrt(sum(squares[1:], squares[0]))
+    inverse = jnp.where(norm > 0, 1 / jnp.where(norm > 0, norm, 1), 0)
+
+    def scaled(x: jax.Array) -> jax.Array:
+        return jnp.expand_dims(inverse, tuple(range(axes, x.ndim))).astype(x.dtype) * x
+
+    return jax.tree.map(scaled, v), norm
+
+
+def _cast_like(tree: PyTree, like: PyTree) -> PyTree:
+    return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, like)
+
+
+def _as_direction(u: jax.Array, w: jax.Array) -> jax.Array:
+    """Signs in the dtype of a leaf; those of its real and of its imaginary part, if it is complex."""
+    return (math.sqrt(2.0) * u if jnp.iscomplexobj(w) else u).astype(w.dtype)
+
+
+def _thinned_signs(prob: float) -> Sampler:
+    """+1 and -1 with probability prob/2 each, else 0."""
+
+    def sampler(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        u = jax.random.uniform(_backend.with_fast_bits(key), shape, dtype, -1, 1)
+        return jnp.sign(u) * (jnp.abs(u) < prob).astype(dtype)
+
+    return sampler
+
+
+def _deal(sizes: Sequence[int], prob: float) -> list[range]:
+    """Leaves of these sizes in 1/prob groups: runs that are never empty and sum to about as much each."""
+    count = round(1 / prob)
+    if count > len(sizes) or abs(count * prob - 1) > _ROUNDING:
+        nearest = max(1, min(count, len(sizes)))
+        raise ValueError(
+            f"prob: with drop='leaf' expected 1/M, M a whole number that is at most the {len(sizes)} leaves "
+            f"to choose from, got {prob}; the nearest is 1/{nearest}."
+        )
+    ends = np.cumsum(sizes)
+    cuts = [0]
+    for i in range(1, count):
+        cut = 1 + int(np.argmin(abs(ends - i / count * ends[-1])))
+        cuts.append(min(max(cut, cuts[-1] + 1), len(sizes) - count + i))
+    return [range(*ends) for ends in itertools.pairwise([*cuts, len(sizes)])]
+
+
+def _mean_over_keys(
+    estimate: Callable[[jax.Array], jax.Array], key: jax.Array, count: int, *, vectorized: bool = True
+) -> jax.Array:
+    """The mean of independent estimates: on CPU, or if not `vectorized`, one after another."""
+    keys = jax.random.split(key, count)
+    if vectorized and count > 1 and not _backend.on_cpu():
+        return jnp.mean(jax.vmap(estimate)(keys), axis=0)
+
+    def add(total: jax.Array | None, i: Any) -> tuple[jax.Array, None]:
+        return (estimate(keys[i]) if total is None else total + estimate(keys[i])), None
+
+    total, _ = _backend.loop(add, None, count)
+    return total / count
+
+
+def _check_function(fun: Any) -> None:
+    if not callable(fun):
+        raise TypeError(f"fun: expected a function, got {describe(fun)}.")
+
+
+def _check_probability(prob: Any) -> None:
+    if isinstance(prob, bool) or not isinstance(prob, int | float | np.integer | np.floating):
+        raise TypeError(f"prob: expected a static real number in (0, 1], got {describe(prob)}.")
+    if not 0 < prob <= 1:
+        raise ValueError(f"prob: expected a number in (0, 1], got {prob}.")
+
+
+def _check_step_size(step_size: Any) -> None:
+    dtype = dtype_of(step_size)
+    if dtype is None or not jnp.isdtype(dtype, ("real floating", "integral")) or jnp.shape(step_size) != ():
+        raise TypeError(f"step_size: expected a real scalar, got {describe(step_size)}.")
+    if not isinstance(step_size, jax.core.Tracer) and not jax.device_get(step_size) > 0:
+        raise ValueError(f"step_size: expected a number > 0, got {step_size}.")
+
+
+def _check_inputs(
+    fun: Any, inputs: PyTree, args: tuple[Any, ...], *, outputs: bool = False
+) -> tuple[PyTree, jax.ShapeDtypeStruct]:
+    """The inputs as arrays, and the shape of what `fun` returns; raises TypeError if they do not fit."""
+    _check_function(fun)
+    check_inexact(inputs, "inputs")
+    leaves = [
+        (jax.tree_util.keystr(path) or "(the whole)", x) for path, x in jax.tree.leaves_with_path(inputs)
+    ]
+    if not leaves:
+        raise TypeError(f"inputs: expected an array or a pytree of them, got {describe(inputs)} without any.")
+    for path, x in leaves:
+        if jnp.iscomplexobj(x):
+            raise TypeError(f"inputs: leaf {path} is {describe(x)}, expected real numbers.")
+    expected = "outputs of shape (n, C)" if outputs else "losses of shape (n,), or () without a batch axis"
+    out = jax.eval_shape(lambda x: fun(x, *args), inputs)
+    dtype = dtype_of(out)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating) or (outputs and not out.shape):
+        raise TypeError(f"fun: expected real {expected}, got {describe(out)}.")
+    batch = out.shape[:1] if outputs else out.shape
+    for path, x in leaves:
+        if jnp.shape(x)[: len(batch)] != batch:
+            raise TypeError(
+                f"fun: expected {expected}, with the axes of the batch first in each leaf of inputs, got "
+                f"{describe(out)} where leaf {path} is {describe(x)}."
+            )
+    return jax.tree.map(jnp.asarray, inputs), out
