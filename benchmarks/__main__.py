@@ -42,6 +42,8 @@ BENCHMARKS = {
     "curvature-peers": Benchmark(
         "what a trace and the top eigenvalues cost to a given true error, beside PyHessian and curvlinops"
     ),
+    "rivals": Benchmark("what SAM, its family and penalties cost, in gradients and memory"),
+    "robustness": Benchmark("accuracy under attack, after training with input penalties or NSO"),
 }
 RESULTS = Path(__file__).parent / "results"
 PUBLISHED = {
@@ -51,6 +53,7 @@ PUBLISHED = {
     "sgd.safetensors": "demo-sgd.safetensors",
     "nso.safetensors": "demo-nso.safetensors",
 }
+TABLES = {"demo": "table", "rivals": "rivals"}  # of the README: the module that makes each from its results
 README = Path(__file__).parent.parent / "README.md"
 
 
@@ -114,15 +117,21 @@ def _load(name: str) -> Any:
 
 def _publish(options: argparse.Namespace) -> None:
     contents = {RESULTS / new: read_file(options.out / old) for old, new in PUBLISHED.items()}
-    write_files(contents | {README: _readme_with(contents[RESULTS / "demo.json"])})
+    write_files(contents | {README: _readme_with({"demo": contents[RESULTS / "demo.json"]})})
 
 
 def _readme(_: argparse.Namespace) -> None:
-    write_files({README: _readme_with(read_file(RESULTS / "demo.json"))})
+    write_files({README: _readme_with({})})
 
 
-def _readme_with(results: bytes) -> str:
-    return table.replace_in(read_file(README).decode(), json.loads(results))
+def _readme_with(fresh: dict[str, bytes]) -> str:
+    """The README with tables of the results, some of which are not in their files yet."""
+    text = read_file(README).decode()
+    for name, module in TABLES.items():
+        results = json.loads(fresh.get(name) or read_file(RESULTS / f"{name}.json"))
+        made = importlib.import_module(f"benchmarks.{module}").markdown(results)
+        text = table.replace_in(text, f"{name}-table", made)
+    return text
 
 
 def _missing_package(error: ImportError) -> Exception:
@@ -177,9 +186,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
     publish.add_argument("--out", type=Path, default=Path("runs/demo"), help="the demo's output folder")
     publish.set_defaults(run=_publish)
 
-    readme = commands.add_parser(
-        "readme", help="writes the table of benchmarks/results/demo.json to README.md"
-    )
+    readme = commands.add_parser("readme", help="writes the tables of benchmarks/results to README.md")
     readme.set_defaults(run=_readme)
     return parser
 

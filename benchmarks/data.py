@@ -1,18 +1,26 @@
-"""The handwritten digits that scikit-learn ships: 1,797 images of 8x8 pixels, nothing to download."""
+"""The images to train on: the 1,797 digits of 8x8 pixels that scikit-learn ships, or Parquet files."""
 
+import io
+import itertools
 from collections.abc import Iterator
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
 from sklearn import datasets
+
+from benchmarks.files import UserError
 
 NUM_TEST = 1000
 
 
 class Examples(NamedTuple):
-    """Images, float32 of shape (n, 8, 8, 1) between 0 and 1, and their labels, int32 of shape (n,)."""
+    """Images, float32 of shape (n, height, width, channels) in 0 to 1, and labels, int32 of shape (n,)."""
 
     images: jax.Array | np.ndarray
     labels: jax.Array | np.ndarray
@@ -33,6 +41,20 @@ class Split(NamedTuple):
     validation: Examples
     test: Examples
     mislabelled_test: Examples
+
+
+class ImageSet(NamedTuple):
+    """Images from files.
+
+    Attributes:
+        train: Those of the split train.
+        test: Those of the split test.
+        class_names: In the order of the labels; empty if the files do not tell.
+    """
+
+    train: Examples
+    test: Examples
+    class_names: tuple[str, ...]
 
 
 def digits(seed: int, num_train: int, wrong_labels: float = 0.0) -> Split:
@@ -77,3 +99,92 @@ def batches(examples: Examples, batch_size: int, seed: int) -> Iterator[Examples
         for first in range(0, len(order) - batch_size + 1, batch_size):
             chosen = order[first : first + batch_size]
             yield Examples(images[chosen], labels[chosen])
+
+
+def load_images(folder: Path, num_train: int | None = None, num_test: int | None = None) -> ImageSet:
+    """Images from the Parquet files of a folder, `train*.parquet` and `test*.parquet`, there or in `data`.
+
+    They have a column `img` (or `image`) with the bytes of PNG or JPEG files, or with structs of which these
+    are the field `bytes`, and a column `label` of whole numbers. The schema's metadata may have
+    `class_names`, separated by commas. Grey images get one channel, others three.
+
+    Args:
+        folder: Where the files are.
+        num_train: How many images to take of the split train, from the first on; all by default.
+        num_test: How many of the split test.
+
+    Raises:
+        UserError: Something is missing or cannot be read: the folder, a split, a column, an image.
+    """
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}")
+    train_files, test_files = (_split_files(folder, split) for split in ("train", "test"))
+    train, test = _read(train_files, num_train), _read(test_files, num_test)
+    if train.images.shape[1:] != test.images.shape[1:]:
+        shapes = (part.images.shape[1:] for part in (train, test))
+        raise UserError("{}: train has images of shape {}, test of {}".format(folder, *shapes))
+    return ImageSet(train, test, _class_names(train_files[0]))
+
+
+def _split_files(folder: Path, split: str) -> list[Path]:
+    for place in (folder, folder / "data"):
+        if files := sorted(place.glob(f"{split}*.parquet")):
+            return files
+    raise UserError(f"no {split}*.parquet in {folder} or {folder / 'data'}")
+
+
+def _read(files: list[Path], number: int | None) -> Examples:
+    """The first images of some files, decoded."""
+    images: list[np.ndarray] = []
+    labels: list[int] = []
+    rows = itertools.chain.from_iterable(_rows(path) for path in files)
+    for where, content, label in itertools.islice(rows, number):
+        image = _decode(where, content)
+        if images and image.shape != images[0].shape:
+            raise UserError(f"{where}: expected an image of shape {images[0].shape}, got {image.shape}")
+        if not isinstance(label, int) or label < 0:
+            raise UserError(f"{where}: expected a label of 0, 1, ..., got {label!r}")
+        images.append(image)
+        labels.append(label)
+    if not images:
+        raise UserError(f"{files[0]}: no rows")
+    return Examples(np.stack(images), np.array(labels, np.int32))
+
+
+def _rows(path: Path) -> Iterator[tuple[str, Any, Any]]:
+    """Of each row what to call it in a message, the image and the label; no more is read than asked for."""
+    try:
+        with pq.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            image = "image" if "image" in names and "img" not in names else "img"
+            if missing := [name for name in (image, "label") if name not in names]:
+                raise UserError(f"{path}: no column {' and '.join(missing)}, only {', '.join(names)}")
+            number = itertools.count()
+            for batch in file.iter_batches(batch_size=1000, columns=[image, "label"]):
+                for row in batch.to_pylist():
+                    yield f"{path}, row {next(number)}", row[image], row["label"]
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"cannot read {path}: {_first_line(error)}") from error
+
+
+def _decode(where: str, content: Any) -> np.ndarray:
+    """The image, of shape (height, width, channels)."""
+    if isinstance(content, dict):
+        content = content.get("bytes")
+    if not isinstance(content, bytes):
+        raise UserError(f"{where}: expected the bytes of an image, got {type(content).__name__}")
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            pixels = np.asarray(image.convert("L" if image.mode in {"1", "L", "LA"} else "RGB"))
+    except Exception as error:  # a decoder raises whatever it stumbles over
+        raise UserError(f"{where}: cannot decode the image: {_first_line(error)}") from error
+    return pixels.reshape(*pixels.shape[:2], -1).astype(np.float32) / 255
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _class_names(path: Path) -> tuple[str, ...]:
+    names = (pq.read_schema(path).metadata or {}).get(b"class_names", b"").decode()
+    return tuple(names.split(",")) if names else ()

@@ -1,6 +1,7 @@
 """The networks that are trained, and their loss."""
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -31,6 +32,25 @@ class ConvNet(nnx.Module):
         x = nnx.relu(self.norm2(self.conv2(x)))
         x = nnx.relu(self.dense1(x.reshape(len(x), -1)))
         return self.dense2(self.dropout(x))
+
+
+class StridedConvNet(nnx.Module):
+    """Two convolutions with stride 2 and two dense layers; an example's logits depend on no other example."""
+
+    def __init__(
+        self, shape: tuple[int, int, int] = (28, 28, 1), num_classes: int = 10, *, rngs: nnx.Rngs
+    ) -> None:
+        height, width, channels = shape
+        self.conv1 = nnx.Conv(channels, 16, kernel_size=(3, 3), strides=2, rngs=rngs)
+        self.conv2 = nnx.Conv(16, 32, kernel_size=(3, 3), strides=2, rngs=rngs)
+        self.dense1 = nnx.Linear(32 * math.ceil(height / 4) * math.ceil(width / 4), 64, rngs=rngs)
+        self.dense2 = nnx.Linear(64, num_classes, rngs=rngs)
+
+    def __call__(self, images: jax.Array | np.ndarray) -> jax.Array:
+        """The logits, of shape (n, num_classes), for images of shape (n, height, width, channels)."""
+        x = nnx.relu(self.conv1(jnp.asarray(images)))
+        x = nnx.relu(self.conv2(x))
+        return self.dense2(nnx.relu(self.dense1(x.reshape(len(x), -1))))
 
 
 class MLP(nnx.Module):

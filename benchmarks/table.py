@@ -16,7 +16,6 @@ HEADERS: tuple[str, ...] = (
     "largest eigenvalue",
     "seconds",
 )
-_BEGIN, _END = "<!-- demo-table -->", "<!-- /demo-table -->"
 
 
 def rows(results: dict[str, Any]) -> list[list[str]]:
@@ -48,21 +47,23 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{caption(results)}\n"
 
 
-def replace_in(readme: str, results: dict[str, Any]) -> str:
-    """The README's text with the table between its two marks.
+def replace_in(readme: str, name: str, text: str) -> str:
+    """The README with a text between the two marks of a name, `<!-- name -->` and `<!-- /name -->`.
 
     Args:
-        readme: The text.
-        results: The figures.
+        readme: The README.
+        name: That of the marks.
+        text: What goes between them.
 
     Raises:
         UserError: The marks are missing.
     """
-    before, begin, rest = readme.partition(_BEGIN)
-    _, end, after = rest.partition(_END)
+    marks = f"<!-- {name} -->", f"<!-- /{name} -->"
+    before, begin, rest = readme.partition(marks[0])
+    _, end, after = rest.partition(marks[1])
     if not end:
-        raise UserError(f"README.md lacks the marks {_BEGIN} and {_END}")
-    return f"{before}{begin}\n{markdown(results)}{end}{after}"
+        raise UserError(f"README.md lacks the marks {marks[0]} and {marks[1]}")
+    return f"{before}{begin}\n{text}{end}{after}"
 
 
 def to_json(results: dict[str, Any]) -> str:
