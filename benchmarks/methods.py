@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import optax
@@ -10,6 +11,7 @@ from flax import nnx
 import nso_jax.nnx
 from benchmarks.data import Examples
 from benchmarks.models import cross_entropy
+from nso_jax import sharpness
 
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-3
@@ -27,23 +29,18 @@ class Method:
         gradients_per_step: Gradient evaluations of a step.
         learning_rate: Where the cosine schedule starts.
         strength: Of the perturbation: rho for SAM, sigma for weight noise, 0 for SGD.
-        wrap: What makes the method's optimizer of the optimizer that all share.
     """
 
     update: Callable[[float], Update]
     gradients_per_step: int
     learning_rate: float
     strength: float
-    wrap: Callable[[optax.GradientTransformation, float], optax.GradientTransformation] = (
-        lambda optimizer, _: optimizer
-    )
 
 
 def optimizer(method: Method, num_steps: int) -> optax.GradientTransformation:
     """Momentum, weight decay and a cosine schedule, the same for all methods."""
     schedule = optax.cosine_decay_schedule(method.learning_rate, num_steps)
-    shared = optax.chain(optax.add_decayed_weights(WEIGHT_DECAY), optax.sgd(schedule, momentum=MOMENTUM))
-    return method.wrap(shared, method.strength)
+    return optax.chain(optax.add_decayed_weights(WEIGHT_DECAY), optax.sgd(schedule, momentum=MOMENTUM))
 
 
 def _sgd(_: float) -> Update:
@@ -54,25 +51,11 @@ def _sgd(_: float) -> Update:
     return update
 
 
-def _sam(_: float) -> Update:
-    def update(model: nnx.Module, optimizer: nnx.Optimizer, key: jax.Array, batch: Examples) -> None:
-        del key
-        graphdef, _, before = nnx.split(nnx.clone(model), nnx.Param, ...)  # type: ignore[misc]
+def _with(options: Callable[[float], dict[str, Any]]) -> Callable[[float], Update]:
+    """One that gets its gradient from `nso_jax.nnx.value_and_grad`, with options made of the strength."""
 
-        def loss(params: nnx.State, _: int) -> jax.Array:
-            # On a copy of the model before the step: the same dropout masks, and batch statistics move once.
-            return cross_entropy(nnx.merge(graphdef, params, before, copy=True), batch)
-
-        optimizer.update(model, nnx.grad(cross_entropy)(model, batch), grad_fn=jax.grad(loss))
-
-    return update
-
-
-def _noise(*, antithetic: bool, num_samples: int) -> Callable[[float], Update]:
-    def with_sigma(sigma: float) -> Update:
-        value_and_grad = nso_jax.nnx.value_and_grad(
-            cross_entropy, sigma=sigma, antithetic=antithetic, num_samples=num_samples
-        )
+    def with_strength(strength: float) -> Update:
+        value_and_grad = nso_jax.nnx.value_and_grad(cross_entropy, **options(strength))
 
         def update(model: nnx.Module, optimizer: nnx.Optimizer, key: jax.Array, batch: Examples) -> None:
             _, grads = value_and_grad(key, model, batch)
@@ -80,13 +63,7 @@ def _noise(*, antithetic: bool, num_samples: int) -> Callable[[float], Update]:
 
         return update
 
-    return with_sigma
-
-
-def wrap_sam(optimizer: optax.GradientTransformation, rho: float) -> optax.GradientTransformation:
-    """SAM around an optimizer: it takes the gradient at distance rho up the slope, from its `grad_fn`."""
-    ascent = optax.chain(optax.contrib.normalize(), optax.sgd(rho))
-    return optax.contrib.sam(optimizer, ascent, opaque_mode=True)
+    return with_strength
 
 
 # Picked by the accuracy on the validation images, a mean over the seeds 100 to 104. SGD came first: learning
@@ -95,11 +72,19 @@ def wrap_sam(optimizer: optax.GradientTransformation, rho: float) -> optax.Gradi
 # .02, .05, .1, .2, .5, though not beyond a value with which nothing was learnt.
 METHODS = {
     "sgd": Method(_sgd, gradients_per_step=1, learning_rate=0.1, strength=0.0),
-    "sam": Method(_sam, gradients_per_step=2, learning_rate=0.05, strength=0.2, wrap=wrap_sam),
+    "sam": Method(
+        _with(lambda rho: {"method": sharpness.sam, "rho": rho}),
+        gradients_per_step=2,
+        learning_rate=0.05,
+        strength=0.2,
+    ),
     "wp-sgd": Method(
-        _noise(antithetic=False, num_samples=2), gradients_per_step=2, learning_rate=0.05, strength=0.1
+        _with(lambda sigma: {"sigma": sigma, "antithetic": False, "num_samples": 2}),
+        gradients_per_step=2,
+        learning_rate=0.05,
+        strength=0.1,
     ),
     "nso": Method(
-        _noise(antithetic=True, num_samples=1), gradients_per_step=2, learning_rate=0.05, strength=0.1
+        _with(lambda sigma: {"sigma": sigma}), gradients_per_step=2, learning_rate=0.05, strength=0.1
     ),
 }

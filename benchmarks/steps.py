@@ -14,7 +14,6 @@ from flax import nnx
 
 import nso_jax
 from benchmarks.data import Examples
-from benchmarks.methods import wrap_sam
 from benchmarks.models import MLP, ConvNet, Transformer, pure_loss
 from benchmarks.timing import Call
 from nso_jax import noise
@@ -131,7 +130,7 @@ def _jax_calls(loss: Loss, params: nnx.State, batch: Examples, without: tuple[st
     sgd = optax.sgd(LEARNING_RATE, MOMENTUM)
     gradients = {name: g for name, g in _gradients(loss).items() if name not in without}
     calls = {name: _training(loss, g, sgd, params, batch) for name, g in gradients.items()}
-    calls["sam"] = _training(loss, gradients["plain"], wrap_sam(sgd, RHO), params, batch)
+    calls["sam"] = _training(loss, gradients["plain"], _sam_of_optax(sgd), params, batch)
     key = jax.random.key(0)
     for name in ("plain", "nso", "nso-signs"):
         calls[f"{name}-gradient"] = functools.partial(jax.jit(gradients[name]), key, params, batch)
@@ -151,6 +150,11 @@ def _gradients(loss: Loss) -> dict[str, Gradient]:
         "nso-k4": nso(num_samples=4),
         "nso-signs-k4": nso(num_samples=4, sampler=noise.rademacher),
     }
+
+
+def _sam_of_optax(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    ascent = optax.chain(optax.contrib.normalize(), optax.sgd(RHO))
+    return optax.contrib.sam(optimizer, ascent, opaque_mode=True)
 
 
 def _training(

@@ -24,7 +24,7 @@ from benchmarks import arguments, data, measuring, models, plots
 from benchmarks.data import Examples, Split
 from benchmarks.files import UserError
 from benchmarks.measuring import Gauge, Network
-from nso_jax import noise, parallel
+from nso_jax import noise, parallel, sharpness
 from nso_jax.noise import Sigma
 
 MEASURED_WIDTHS = (64, 64, 10)
@@ -349,10 +349,7 @@ def _sgd(loss: Loss) -> WithStrength:
 
 def _sam(loss: Loss) -> WithStrength:
     def gradient(rho: Any, key: jax.Array, params: nnx.State, examples: Examples) -> nnx.State:
-        del key
-        uphill = jax.grad(loss)(params, examples)
-        scale = rho / jnp.maximum(jnp.linalg.norm(ravel_pytree(uphill)[0]), 1e-12)
-        return jax.grad(loss)(jax.tree.map(lambda w, g: w + scale * g, params, uphill), examples)
+        return sharpness.sam(loss, rho=rho)(key, params, examples)[1]
 
     return gradient
 
