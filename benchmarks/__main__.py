@@ -53,7 +53,8 @@ PUBLISHED = {
     "sgd.safetensors": "demo-sgd.safetensors",
     "nso.safetensors": "demo-nso.safetensors",
 }
-TABLES = {"demo": "table", "rivals": "rivals"}  # of the README: the module that makes each from its results
+# Those of the README, and the modules that make them from the results.
+TABLES = {"demo": "table", "rivals": "rivals", "robustness": "robustness"}
 README = Path(__file__).parent.parent / "README.md"
 
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from rich.progress import Progress
 
 import nso_jax
-from benchmarks import arguments, plots, timing
+from benchmarks import arguments, plots, table, timing
 from benchmarks.data import Examples
 from benchmarks.models import MLP, StridedConvNet, pure_loss
 from benchmarks.timing import Ratio
@@ -129,13 +129,12 @@ def caption(results: dict[str, Any]) -> str:
 
 def markdown(results: dict[str, Any]) -> str:
     """The table for readers who choose: what each penalizes, what it costs, and its line of code."""
-    head = ["method", "penalizes", *HEADERS[1:], "in one line"]
-    lines = [head, ["---", "---", *["---:"] * (len(HEADERS) - 1), "---"]]
-    lines += [
+    lines = [
         [name, rival.penalizes, *cells, f"`{rival.line}`"]
         for (name, *cells), rival in zip(rows(results), RIVALS.values(), strict=True)
     ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{caption(results)}\n"
+    head = ["method", "penalizes", *HEADERS[1:], "in one line"]
+    return table.grid([head, *lines], texts=(0, 1, len(head) - 1)) + f"\n\n{caption(results)}\n"
 
 
 def plot(results: dict[str, Any]) -> bytes:

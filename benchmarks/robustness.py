@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from rich.progress import Progress
 
 import nso_jax
-from benchmarks import arguments, attacks, augmentation, data, plots, timing
+from benchmarks import arguments, attacks, augmentation, data, plots, table, timing
 from benchmarks.augmentation import Augment
 from benchmarks.data import Examples
 from benchmarks.files import UserError
@@ -125,13 +125,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--augment", choices=augmentation.NAMES, default="none", help="what is done to images to train on"
     )
+    parser.add_argument(
+        "--equal", choices=("time", "steps"), default="time", help="what all trainings have the same of"
+    )
     others = tuple(METHODS)[1:]
     parser.add_argument(
         "--methods", nargs="+", choices=others, default=DEFAULT_METHODS, help="beside plain training"
     )
     for option, default, what in (
         ("seeds", 3, "trainings with each strength"),
-        ("budget", 8000, "plain steps that a training may take as long as"),
+        ("budget", 8000, "plain steps that a training may take as long as, or --equal steps its steps"),
         ("penalty-every", 1, "steps for which a penalty's gradient is used"),
         ("train-images", 10_000, "images to train on"),
         ("validation-images", 1000, "images to choose strengths by"),
@@ -188,12 +191,12 @@ def run(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
 
 def rows(results: dict[str, Any]) -> list[list[str]]:
     """For each data set its name, then one row for each method at the strength chosen."""
-    table = []
+    lines = []
     for name, chosen in results["chosen"].items():
-        table.append([name, *[""] * (len(HEADERS) - 1)])
+        lines.append([name, *[""] * (len(HEADERS) - 1)])
         runs = [run for run in results["runs"] if run["data"] == name]
-        table.extend(_row(method, strength, runs, results["settings"]) for method, strength in chosen.items())
-    return table
+        lines.extend(_row(method, strength, runs, results["settings"]) for method, strength in chosen.items())
+    return lines
 
 
 def caption(results: dict[str, Any]) -> str:
@@ -204,14 +207,17 @@ def caption(results: dict[str, Any]) -> str:
         "test and attack"
         for name, of in settings["data"].items()
     )
-    every = settings["penalty_every"]
+    every, budget = settings["penalty_every"], f"{settings['budget']:,}"
+    equal = f"takes {budget} steps"
+    if settings["equal"] == "time":
+        equal = f"may take as long as {budget} plain steps"
     held = f"A penalty's gradient is used for {every} steps. " if every > 1 else ""
     if settings["augment"] != "none":
         held += f"Images to train on are changed by {settings['augment']}. "
     return (
         f"Mean ± standard deviation over {settings['seeds']} seeds: of the initial weights, the order of the "
-        f"images and the noise. {sizes}. Every training may take as long as {settings['budget']:,} plain "
-        f"steps on {settings['batch_size']} images each; cost: a step's time over a plain one's. {held}FGSM "
+        f"images and the noise. {sizes}. Every training {equal} "
+        f"on {settings['batch_size']} images each; cost: a step's time over a plain one's. {held}FGSM "
         f"and PGD: accuracy where an attack may move each pixel by {settings['radius']:g}; PGD with "
         f"{settings['pgd_steps']} steps from each of {settings['starts']} random starts, of which one is "
         "enough to fool the network. Behind a method stands its strength, the factor of the penalty or sigma "
@@ -221,6 +227,11 @@ def caption(results: dict[str, Any]) -> str:
         f"{_claims(results)}Time: to train one seed, without compiling, on {machine['cpu_count']} CPU cores "
         f"({machine['device']})."
     )
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The table and its caption as Markdown."""
+    return table.grid([HEADERS, *rows(results)]) + f"\n\n{caption(results)}\n"
 
 
 def plot(results: dict[str, Any]) -> bytes:
@@ -374,10 +385,15 @@ def _network_for(problem: Problem) -> Network:
     return _network(tuple(shape), problem.num_classes)
 
 
+def _training_of(name: str, network: Network, options: argparse.Namespace) -> Training:
+    method, every = METHODS[name], options.penalty_every
+    num_steps = method.num_steps(options.budget, every) if options.equal == "time" else options.budget
+    return _training(method, network, num_steps, every)
+
+
 @functools.cache
-def _training(method: Method, network: Network, budget: int, penalty_every: int) -> Training:
+def _training(method: Method, network: Network, num_steps: int, penalty_every: int) -> Training:
     """The steps of a method, compiled once for all strengths and seeds, and for networks of one shape."""
-    num_steps = method.num_steps(budget, penalty_every)
     optimizer = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, num_steps))
 
     def start(params: nnx.State, key: jax.Array) -> State:
@@ -408,7 +424,7 @@ def _costs(
     network, batch = _network_for(problem), next(data.batches(problem.train, BATCH_SIZE, seed=0))
 
     def call(name: str) -> Callable[[], State]:
-        training = _training(METHODS[name], network, options.budget, options.penalty_every)
+        training = _training_of(name, network, options)
         state = training.start(network.initial(0), jax.random.key(0))
         strength = METHODS[name].strengths[0]
 
@@ -428,7 +444,7 @@ def _train_and_attack(
     problem: Problem, name: str, strength: float, seed: int, options: argparse.Namespace
 ) -> dict[str, Any]:
     network = _network_for(problem)
-    training = _training(METHODS[name], network, options.budget, options.penalty_every)
+    training = _training_of(name, network, options)
     augment = augmentation.named(options.augment, problem.num_classes)
     begin = time.perf_counter()
     params = train(training, network, problem.train, strength, seed, augment=augment)
@@ -514,7 +530,7 @@ def _by_strength(runs: list[dict[str, Any]], method: str) -> dict[float, list[di
 
 def _settings(options: argparse.Namespace, problems: list[Problem], names: list[str]) -> dict[str, Any]:
     """What somebody needs to know to repeat the run."""
-    wanted = ("seeds", "budget", "penalty_every", "augment", "radius", "pgd_steps", "starts")
+    wanted = ("seeds", "equal", "budget", "penalty_every", "augment", "radius", "pgd_steps", "starts")
     methods = {
         name: {
             "strengths": list(METHODS[name].strengths),

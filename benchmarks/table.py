@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.files import UserError
@@ -43,8 +44,19 @@ def caption(results: dict[str, Any]) -> str:
 
 def markdown(results: dict[str, Any]) -> str:
     """The table and its caption as Markdown."""
-    lines = [HEADERS, ["---"] + ["---:"] * (len(HEADERS) - 1), *rows(results)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{caption(results)}\n"
+    return grid([HEADERS, *rows(results)]) + f"\n\n{caption(results)}\n"
+
+
+def grid(lines: Sequence[Sequence[str]], texts: Sequence[int] = (0,)) -> str:
+    """A Markdown table, the first line its head.
+
+    Args:
+        lines: The cells.
+        texts: The columns that are not of numbers, and so to the left.
+    """
+    head, *others = lines
+    ruler = ["---" if i in texts else "---:" for i in range(len(head))]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ruler, *others))
 
 
 def replace_in(readme: str, name: str, text: str) -> str:

@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -96,10 +97,11 @@ def test_table_and_markdown_agree_with_the_figures(output, results):
 def test_publish_copies_to_the_results_and_the_readme(output, results, tmp_path, monkeypatch):
     monkeypatch.setattr(cli, "RESULTS", tmp_path)
     monkeypatch.setattr(cli, "README", tmp_path / "README.md")
-    rivals = (ROOT / "benchmarks" / "results" / "rivals.json").read_bytes()
-    (tmp_path / "rivals.json").write_bytes(rivals)
-    marks = "<!-- demo-table -->\nold\n<!-- /demo-table -->\n<!-- rivals-table --><!-- /rivals-table -->\n"
-    cli.README.write_text(f"before\n{marks}after\n")
+    others = [name for name in cli.TABLES if name != "demo"]
+    for name in others:
+        shutil.copy(ROOT / "benchmarks" / "results" / f"{name}.json", tmp_path)
+    marks = "".join(f"<!-- {name}-table --><!-- /{name}-table -->\n" for name in others)
+    cli.README.write_text(f"before\n<!-- demo-table -->\nold\n<!-- /demo-table -->\n{marks}after\n")
     assert cli.main(["publish", "--out", str(output)]) == 0
     assert json.loads((tmp_path / "demo.json").read_text()) == results
     assert (tmp_path / "demo-surface.png").read_bytes() == (output / "surface.png").read_bytes()
@@ -110,7 +112,7 @@ def test_publish_copies_to_the_results_and_the_readme(output, results, tmp_path,
     assert table.markdown(results) in text
     assert "old" not in text
     assert text.startswith("before\n<!-- demo-table -->\n")
-    assert text.endswith("<!-- /rivals-table -->\nafter\n")
+    assert text.endswith("-table -->\nafter\n")
     cli.main(["readme"])
     assert cli.README.read_text() == text
 

@@ -480,6 +480,12 @@ def test_every_training_is_reported(few_strengths, tmp_path, capsys):
         assert all(cell in shown for cell in row)
 
 
+def test_steps_may_be_equal_instead_of_time(few_strengths, tmp_path, capsys):
+    arguments = ("--equal", "steps", "--budget", "3", "--methods", "input-hessian", "nso", "--seeds", "1")
+    assert {figures["steps"] for figures in run(tmp_path, *arguments)["runs"]} == {3}
+    assert "Every training takes 3 steps" in " ".join(capsys.readouterr().out.split())
+
+
 def test_folders_are_divided_and_trained_on(few_strengths, folder, tmp_path, capsys):
     images = [encoded(image) for image in noisy_images(70)]
     labels = [i % 3 for i in range(70)]
