@@ -1,4 +1,4 @@
-"""Training images changed at random, as a function `augment(key, examples) -> examples`."""
+"""Training images changed at random, as a function `augment(key, number, examples) -> examples`."""
 
 import functools
 from collections.abc import Callable
@@ -8,12 +8,13 @@ import jax.numpy as jnp
 
 from benchmarks.data import Examples
 
-Augment = Callable[[jax.Array, Examples], Examples]
+# With the key of a training and the number of the batch in it.
+Augment = Callable[[jax.Array, int, Examples], Examples]
 
 
-def unchanged(key: jax.Array, examples: Examples) -> Examples:
+def unchanged(key: jax.Array, number: int, examples: Examples) -> Examples:
     """The examples as they are."""
-    del key
+    del key, number
     return examples
 
 
@@ -71,14 +72,17 @@ def mixup(key: jax.Array, examples: Examples, num_classes: int, alpha: float = 0
     return Examples(mixed(jnp.asarray(examples.images)), mixed(labels))
 
 
+@functools.cache
 def named(name: str, num_classes: int) -> Augment:
-    """The one of a name: "none", "cutout" or "mixup", compiled."""
-    augments: dict[str, Augment] = {
-        "none": unchanged,
-        "cutout": jax.jit(cutout),
-        "mixup": jax.jit(functools.partial(mixup, num_classes=num_classes)),
+    """The one of a name: "none", "cutout" or "mixup", compiled once."""
+    if name == "none":
+        return unchanged
+    changes: dict[str, Callable[[jax.Array, Examples], Examples]] = {
+        "cutout": cutout,
+        "mixup": functools.partial(mixup, num_classes=num_classes),
     }
-    return augments[name]
+    change = changes[name]
+    return jax.jit(lambda key, number, examples: change(jax.random.fold_in(key, number), examples))
 
 
 NAMES = ("none", "cutout", "mixup")

@@ -22,7 +22,7 @@ SIZE, RANK, NUM_MEASUREMENTS = 100, 5, 2500
 SIGMA = 0.08
 NUM_POINTS = 50  # at which a run is measured
 
-Gradient = Callable[[jax.Array, jax.Array], jax.Array]
+Gradient = Callable[[jax.Array, jax.Array, Any], jax.Array]
 FIGURES = {"training": "training error", "validation": "validation error", "distance": "distance"}
 SHOWN = ("validation", "distance")  # in the table, which has to fit a terminal
 
@@ -33,13 +33,13 @@ class Method(NamedTuple):
     Attributes:
         learning_rate: Of all steps.
         num_steps: How many there are.
-        options: Of `nso_jax.value_and_grad`; None for the plain gradient.
+        gradient: `gradient(key, factor, problem)`, of `loss`.
         style: Colour and dashes.
     """
 
     learning_rate: float
     num_steps: int
-    options: dict[str, Any] | None
+    gradient: Gradient
     style: tuple[str, str]
 
 
@@ -60,12 +60,6 @@ class Problem(NamedTuple):
     validation: jax.Array
 
 
-METHODS = {
-    "gd": Method(0.0025, 5000, None, ("#000000", "-")),
-    "one-sided": Method(0.0025, 5000, {"antithetic": False}, ("#CC79A7", "-.")),
-    "two-sided": Method(0.0025, 5000, {}, ("#0072B2", "-")),
-    "two-sided, slow": Method(0.001, 20_000, {}, ("#56B4E9", "--")),
-}
 HEADERS: tuple[str, ...] = ("method", "rate", "steps", *(FIGURES[key] for key in SHOWN), "seconds")
 
 
@@ -135,7 +129,7 @@ def descend(
     factor, curve = start, [_errors(problem, start) | {"step": 0}]
     for first in range(0, method.num_steps, every):
         count = min(every, method.num_steps - first)
-        factor = _steps(method.learning_rate, _frozen(method.options), problem, factor, key, first, count)
+        factor = _steps(method.learning_rate, method.gradient, problem, factor, key, first, count)
         curve.append(_errors(problem, factor) | {"step": first + count})
         advance(count)
     return curve
@@ -194,27 +188,18 @@ def _entries(factor: jax.Array) -> jax.Array:
     return (factor @ factor.T)[np.triu_indices(SIZE)]
 
 
-def _frozen(options: dict[str, Any] | None) -> tuple[tuple[str, Any], ...] | None:
-    return None if options is None else tuple(options.items())
-
-
-@functools.partial(jax.jit, static_argnames=("options", "count"))
+@functools.partial(jax.jit, static_argnames=("gradient", "count"))
 def _steps(  # noqa: PLR0917  # as jit wants them
     learning_rate: float,
-    options: tuple[tuple[str, Any], ...] | None,
+    gradient: Gradient,
     problem: Problem,
     factor: jax.Array,
     key: jax.Array,
     first: int,
     count: int,
 ) -> jax.Array:
-    def gradient(key: jax.Array, factor: jax.Array) -> jax.Array:
-        if options is None:
-            return jax.grad(loss)(factor, problem)
-        return nso_jax.value_and_grad(loss, sigma=SIGMA, **dict(options))(key, factor, problem)[1]
-
     def step(factor: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
-        return factor - learning_rate * gradient(jax.random.fold_in(key, i), factor), None
+        return factor - learning_rate * gradient(jax.random.fold_in(key, i), factor, problem), None
 
     return jax.lax.scan(step, factor, first + jnp.arange(count))[0]
 
@@ -264,3 +249,23 @@ def _row(name: str, results: dict[str, Any]) -> list[str]:
 def _spread(values: list[float]) -> str:
     mean = f"{statistics.mean(values):.2g}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.1g}"
+
+
+def _plain(_: jax.Array, factor: jax.Array, problem: Problem) -> jax.Array:
+    return jax.grad(loss)(factor, problem)
+
+
+def _one_sided(key: jax.Array, factor: jax.Array, problem: Problem) -> jax.Array:
+    return nso_jax.value_and_grad(loss, sigma=SIGMA, antithetic=False)(key, factor, problem)[1]
+
+
+def _two_sided(key: jax.Array, factor: jax.Array, problem: Problem) -> jax.Array:
+    return nso_jax.value_and_grad(loss, sigma=SIGMA)(key, factor, problem)[1]
+
+
+METHODS = {
+    "gd": Method(0.0025, 5000, _plain, ("#000000", "-")),
+    "one-sided": Method(0.0025, 5000, _one_sided, ("#CC79A7", "-.")),
+    "two-sided": Method(0.0025, 5000, _two_sided, ("#0072B2", "-")),
+    "two-sided, slow": Method(0.001, 20_000, _two_sided, ("#56B4E9", "--")),
+}

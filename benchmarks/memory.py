@@ -129,6 +129,11 @@ def plot(results: dict[str, Any]) -> bytes:
     return plots.finish(figure, panels[0])
 
 
+def temp_bytes(program: jax.stages.Compiled) -> int:
+    """The temporary memory that a program takes while it runs, as XLA states it."""
+    return program.memory_analysis().temp_size_in_bytes  # type: ignore[union-attr]  # None where XLA does not say
+
+
 def _chunks(num_samples: int) -> list[int]:
     """The chunk sizes that are compared: 1 and all draws."""
     return [1, num_samples] if 1 < num_samples <= MOST_AT_ONCE else [1]
@@ -138,13 +143,13 @@ def _measure(case: Case, draws: list[tuple[str, int, int]], advance: Callable[[]
     loss, params = pure_loss(case.model(rngs=nnx.Rngs(0)))
     arguments = (params, Examples(jnp.zeros(case.shape, case.dtype), jnp.zeros(case.shape[:1], jnp.int32)))
     param_bytes = sum(w.nbytes for w in jax.tree.leaves(params))
-    plain = _temp_bytes(jax.value_and_grad(loss), *arguments)
+    plain = _gradient_bytes(jax.value_and_grad(loss), *arguments)
     advance()
 
     def averaged(sampler: str, num_samples: int, chunk_size: int) -> dict[str, Any]:
         options: dict[str, Any] = {"num_samples": num_samples, "chunk_size": chunk_size}
         gradient = nso_jax.value_and_grad(loss, sigma=SIGMA, sampler=SAMPLERS[sampler], **options)
-        taken = _temp_bytes(gradient, jax.random.key(0), *arguments)
+        taken = _gradient_bytes(gradient, jax.random.key(0), *arguments)
         advance()
         extra = (taken - plain) / param_bytes
         return {"sampler": sampler, **options, "temp_bytes": taken, "extra_over_params": extra}
@@ -159,9 +164,8 @@ def _measure(case: Case, draws: list[tuple[str, int, int]], advance: Callable[[]
         }
 
 
-def _temp_bytes(fun: Callable[..., Any], *args: Any) -> int:
-    analysis = jax.jit(fun).lower(*args).compile().memory_analysis()
-    return analysis.temp_size_in_bytes  # type: ignore[union-attr]  # None where XLA does not say
+def _gradient_bytes(fun: Callable[..., Any], *args: Any) -> int:
+    return temp_bytes(jax.jit(fun).lower(*args).compile())
 
 
 def _extra(case: dict[str, Any], sampler: str, num_samples: int, chunk_size: int) -> float | None:

@@ -1,6 +1,7 @@
 """The demo's pictures, from its figures, as PNG."""
 
 import io
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,15 @@ def _band(axes: Axes, name: str, x: list[float], values: list[list[float]], *, l
     colour, dashes = _STYLES[name]
     axes.plot(x, middle, color=colour, linestyle=dashes, linewidth=2, label=name, zorder=_ORDER[dashes])
     axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+
+
+def bars(axes: Axes, ratios: Mapping[Any, dict[str, float]], spec: str, **style: Any) -> None:
+    """A horizontal bar up to each median, labelled with it, with a line from quartile to quartile."""
+    medians = [ratio["median"] for ratio in ratios.values()]
+    below = [ratio["median"] - ratio["low"] for ratio in ratios.values()]
+    above = [ratio["high"] - ratio["median"] for ratio in ratios.values()]
+    drawn = axes.barh(list(ratios), medians, xerr=np.array([below, above]), **style)
+    axes.bar_label(drawn, [f"{median:{spec}}" for median in medians], padding=3, fontsize="small")
 
 
 def finish(figure: Figure, labelled: Axes | None = None) -> bytes:

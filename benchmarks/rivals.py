@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from rich.progress import Progress
 
 import nso_jax
-from benchmarks import arguments, plots, table, timing
+from benchmarks import arguments, memory, plots, table, timing
 from benchmarks.data import Examples
 from benchmarks.models import MLP, StridedConvNet, pure_loss
 from benchmarks.timing import Ratio
@@ -143,14 +143,8 @@ def plot(results: dict[str, Any]) -> bytes:
     figure = Figure(figsize=(2 + 3.2 * len(cases), 1 + 0.28 * len(RIVALS)), layout="constrained")
     panels = figure.subplots(1, len(cases), sharey=True, squeeze=False)[0]
     for panel, case in zip(panels, cases, strict=True):
-        ratios = [case["rivals"][name]["gradients"] for name in RIVALS]
-        medians = [ratio["median"] for ratio in ratios]
-        spread = [
-            [ratio["median"] - ratio["low"] for ratio in ratios],
-            [ratio["high"] - ratio["median"] for ratio in ratios],
-        ]
-        bars = panel.barh(list(RIVALS), medians, xerr=np.array(spread), color="#0072B2")
-        panel.bar_label(bars, [f"{median:.2f}" for median in medians], padding=3, fontsize="small")
+        ratios = {name: case["rivals"][name]["gradients"] for name in RIVALS}
+        plots.bars(panel, ratios, ".2f", color="#0072B2")
         panel.set(title=case["title"], xlabel="time / plain gradient")
         panel.margins(x=0.2)
         panel.set_axisbelow(True)
@@ -168,7 +162,7 @@ def _measure(case: Case, repetitions: int, advance: Callable[[], None]) -> dict[
     programs = {
         name: jax.jit(rival.gradient(problem)).lower(*arguments).compile() for name, rival in RIVALS.items()
     }
-    memory = {name: _temp_bytes(program) for name, program in programs.items()}
+    temp_bytes = {name: memory.temp_bytes(program) for name, program in programs.items()}
     calls = {name: functools.partial(program, *arguments) for name, program in programs.items()}
     seconds = timing.interleaved(calls, repetitions, advance)
     over_plain = timing.ratios(seconds, {name: Ratio(name, 1, "plain") for name in RIVALS})
@@ -177,16 +171,12 @@ def _measure(case: Case, repetitions: int, advance: Callable[[], None]) -> dict[
         "weights": sum(w.size for w in jax.tree.leaves(params)),
         "batch_size": case.batch_size,
         "plain_milliseconds": 1e3 * float(np.median(seconds["plain"])),
-        "plain_temp_bytes": memory["plain"],
+        "plain_temp_bytes": temp_bytes["plain"],
         "rivals": {
-            name: {"gradients": over_plain[name], "memory_over_plain": memory[name] / memory["plain"]}
+            name: {"gradients": over_plain[name], "memory_over_plain": temp_bytes[name] / temp_bytes["plain"]}
             for name in RIVALS
         },
     }
-
-
-def _temp_bytes(program: jax.stages.Compiled) -> int:
-    return program.memory_analysis().temp_size_in_bytes  # type: ignore[union-attr]  # None where XLA does not say
 
 
 def _problem(model: nnx.Module) -> tuple[Problem, nnx.State]:

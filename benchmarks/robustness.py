@@ -6,7 +6,7 @@ import itertools
 import operator
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -479,17 +479,12 @@ def train(
     Returns:
         The params.
     """
-    state = training.start(network.initial(seed), jax.random.key(seed))
-    batches, keys = data.batches(examples, BATCH_SIZE, seed), _keys(seed)
-    for step in itertools.islice(itertools.cycle(training.steps), training.num_steps):
-        state = step(state, strength, augment(next(keys), next(batches)))
+    key = jax.random.key(seed)
+    state = training.start(network.initial(seed), key)
+    batches = data.batches(examples, BATCH_SIZE, seed)
+    for i, step in enumerate(itertools.islice(itertools.cycle(training.steps), training.num_steps)):
+        state = step(state, strength, augment(key, i, next(batches)))
     return jax.block_until_ready(state.params)
-
-
-def _keys(seed: int) -> Iterator[jax.Array]:
-    """Endless keys for the batches, drawn many at a time, which costs next to nothing."""
-    for i in itertools.count():
-        yield from jax.random.split(jax.random.fold_in(jax.random.key(seed), i), 1000)
 
 
 def _accuracies(

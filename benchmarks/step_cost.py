@@ -6,7 +6,6 @@ import importlib.metadata
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.progress import Progress
 
@@ -134,23 +133,14 @@ def plot(results: dict[str, Any]) -> bytes:
     panels = figure.subplots(1, max(1, len(cases)), sharey=True, squeeze=False)[0]
     for panel, (title, times) in zip(panels, cases, strict=False):
         for library, labels in LIBRARIES.items():
-            _bars(panel, library, {shown.index(step): times[step] for step in labels if step in times})
+            ratios = {shown.index(step): times[step] for step in labels if step in times}
+            plots.bars(panel, ratios, ".1f", color=COLOURS[library], label=library)
         panel.set(title=title, xlabel="time / plain step in JAX")
         panel.margins(x=0.2)
         panel.set_axisbelow(True)
     panels[0].set_yticks(range(len(shown)), [LABELS[step] for step in shown])
     panels[0].invert_yaxis()
     return plots.finish(figure, panels[0])
-
-
-def _bars(panel: Axes, library: str, ratios: dict[int, dict[str, float]]) -> None:
-    medians = [ratio["median"] for ratio in ratios.values()]
-    below = [ratio["median"] - ratio["low"] for ratio in ratios.values()]
-    above = [ratio["high"] - ratio["median"] for ratio in ratios.values()]
-    bars = panel.barh(
-        list(ratios), medians, xerr=np.array([below, above]), color=COLOURS[library], label=library
-    )
-    panel.bar_label(bars, [f"{median:.1f}" for median in medians], padding=3, fontsize="small")
 
 
 def _timed(

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from nso_jax._checks import PyTree, check_inexact, check_loss, describe
@@ -47,6 +48,11 @@ def as_loss(out: Any, *, has_aux: bool) -> tuple[jax.Array, PyTree]:
     returns_pair = isinstance(out, tuple) and not has_aux
     check_loss(value, " For a pair (loss, aux) set has_aux=True." if returns_pair else "")
     return value, aux_out
+
+
+def cast_like(tree: PyTree, like: PyTree) -> PyTree:
+    """`tree` with the dtypes of `like`, leaf by leaf."""
+    return jax.tree.map(lambda x, y: x.astype(jnp.result_type(y)), tree, like)
 
 
 def check_update_arguments(name: str, params: PyTree, grad_fn: Any) -> None:

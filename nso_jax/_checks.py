@@ -60,6 +60,20 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}.")
 
 
+def check_flag(name: str, value: Any) -> None:
+    """Raises TypeError unless `value` is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {describe(value)}.")
+
+
+def check_sampler(sampler: Any) -> None:
+    """Raises TypeError unless `sampler` can be called."""
+    if not callable(sampler):
+        raise TypeError(
+            f"sampler: expected a function (key, shape, dtype) -> array, got {describe(sampler)}."
+        )
+
+
 def check_nonnegative(name: str, value: Any, path: str = "", what: str = "a number") -> None:
     """Raises TypeError unless `value` is real, and ValueError if it is known and not >= 0."""
     where = f" for leaf {path}" if path else ""

@@ -16,8 +16,16 @@ from nso_jax._axes import (
     shared,
     varying_specs,
 )
-from nso_jax._calls import as_argnums, bind
-from nso_jax._checks import PyTree, as_key, broadcast_prefix, check_count, describe, is_inexact
+from nso_jax._calls import as_argnums, bind, cast_like
+from nso_jax._checks import (
+    PyTree,
+    as_key,
+    broadcast_prefix,
+    check_count,
+    check_flag,
+    check_sampler,
+    is_inexact,
+)
 from nso_jax.noise import Sampler, Sigma
 
 Evaluate = Callable[[PyTree, jax.Array], tuple[PyTree, PyTree]]
@@ -252,23 +260,14 @@ def check_options(
     check_count("num_samples", num_samples)
     if chunk_size is not None:
         check_count("chunk_size", chunk_size)
-    for name, flag in (("antithetic", antithetic), ("independent_draws", independent_draws)):
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name}: expected True or False, got {describe(flag)}.")
-    if not callable(sampler):
-        raise TypeError(
-            f"sampler: expected a function (key, shape, dtype) -> array, got {describe(sampler)}."
-        )
+    check_flag("antithetic", antithetic)
+    check_flag("independent_draws", independent_draws)
+    check_sampler(sampler)
     check_param_specs(param_specs, axis_name)
     if jnp.shape(clean_weight) != ():
         raise ValueError(f"clean_weight: expected a scalar, got shape {jnp.shape(clean_weight)}.")
     if not isinstance(clean_weight, jax.core.Tracer) and not 0 <= jax.device_get(clean_weight) <= 1:
         raise ValueError(f"clean_weight: expected a number in [0, 1], got {clean_weight}.")
-
-
-def cast_like(tree: PyTree, like: PyTree) -> PyTree:
-    """`tree` with the dtypes of `like`, leaf by leaf."""
-    return jax.tree.map(lambda x, y: x.astype(jnp.result_type(y)), tree, like)
 
 
 def _sum_over_chunks(

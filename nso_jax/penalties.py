@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nso_jax import _backend, noise
+from nso_jax._calls import cast_like
 from nso_jax._checks import (
     PyTree,
     as_key,
@@ -189,7 +190,7 @@ def input_hessian_norm(
     def product(v: PyTree) -> PyTree:
         """H v, as a constant."""
         gradient = jax.grad(lambda x: jnp.sum(losses(x)))
-        return jax.lax.stop_gradient(jax.jvp(gradient, (inputs,), (_cast_like(v, inputs),))[1])
+        return jax.lax.stop_gradient(jax.jvp(gradient, (inputs,), (cast_like(v, inputs),))[1])
 
     def ascend(v: PyTree, _: Any) -> tuple[PyTree, None]:
         u, _ = _unit(product(v), axes)
@@ -200,7 +201,7 @@ def input_hessian_norm(
     start, _ = _unit(noise.perturbation(key, inputs, 1.0, sampler=noise.normal), axes)
     v, _ = _backend.loop(ascend, start, num_steps)
     u, norm = _unit(product(v), axes)
-    slope = _second_derivative(losses, inputs, _cast_like(u, inputs), _cast_like(v, inputs))
+    slope = _second_derivative(losses, inputs, cast_like(u, inputs), cast_like(v, inputs))
     return _with_derivative(norm, slope)
 
 
@@ -336,7 +337,7 @@ def _squared_gradient(losses: Callable[[PyTree], jax.Array], inputs: PyTree, axe
     """|g|^2 for each example; along g / |g|, since the derivative along g may overflow in half precision."""
     gradient = jax.lax.stop_gradient(jax.grad(lambda x: jnp.sum(losses(x)))(inputs))
     direction, norm = _unit(gradient, axes)
-    _, slope = jax.jvp(losses, (inputs,), (_cast_like(direction, inputs),))
+    _, slope = jax.jvp(losses, (inputs,), (cast_like(direction, inputs),))
     return _with_derivative(norm**2, 2 * norm * widen(slope).astype(norm.dtype))
 
 
@@ -364,10 +365,6 @@ def _unit(v: PyTree, axes: int) -> tuple[PyTree, jax.Array]:
         return jnp.expand_dims(inverse, tuple(range(axes, x.ndim))).astype(x.dtype) * x
 
     return jax.tree.map(scaled, v), norm
-
-
-def _cast_like(tree: PyTree, like: PyTree) -> PyTree:
-    return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, like)
 
 
 def _as_direction(u: jax.Array, w: jax.Array) -> jax.Array:

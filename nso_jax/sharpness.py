@@ -21,14 +21,16 @@ from nso_jax._axes import (
     other_axes,
     varying_specs,
 )
-from nso_jax._calls import as_argnums, bind, check_update_arguments
+from nso_jax._calls import as_argnums, bind, cast_like, check_update_arguments
 from nso_jax._checks import (
     PyTree,
     as_key,
     broadcast_prefix,
     check_count,
+    check_flag,
     check_inexact,
     check_nonnegative,
+    check_sampler,
     describe,
     leaf_mask,
 )
@@ -236,10 +238,7 @@ def rsam(
       Liu, Mai, Cheng, Chen, Hsieh and You, Random Sharpness-Aware Minimization, NeurIPS 2022.
     """
     check_nonnegative("gradient_weight", gradient_weight)
-    if not callable(sampler):
-        raise TypeError(
-            f"sampler: expected a function (key, shape, dtype) -> array, got {describe(sampler)}."
-        )
+    check_sampler(sampler)
     return _after_ascent(
         fun,
         _normalized,
@@ -375,8 +374,7 @@ def bsam(
         decayed = jax.tree.map(lambda g, w: g + _scaled(noise.widen(w), weight_decay), g, params)
         momentum = _mixed(b1, state.momentum, decayed)
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
-        updates = _scaled(jax.tree.map(jnp.divide, momentum, s), -jnp.asarray(rate))
-        updates = jax.tree.map(lambda x, w: x.astype(jnp.result_type(w)), updates, params)
+        updates = cast_like(_scaled(jax.tree.map(jnp.divide, momentum, s), -jnp.asarray(rate)), params)
         least = jnp.asarray(weight_decay) + damping
         precision = _mixed(b2, s, jax.tree.map(lambda size: size + least.astype(size.dtype), size))
         count = optax.safe_increment(state.count)
@@ -411,8 +409,7 @@ def _after_ascent(
     check_nonnegative("rho", rho)
     if jnp.shape(rho) != ():
         raise ValueError(f"rho: expected a scalar, got shape {jnp.shape(rho)}.")
-    if not isinstance(global_ascent, bool):
-        raise TypeError(f"global_ascent: expected True or False, got {describe(global_ascent)}.")
+    check_flag("global_ascent", global_ascent)
     if global_ascent and axis_name is None:
         raise ValueError("global_ascent: True needs axis_name, the devices that are to climb together.")
     check_param_specs(param_specs, axis_name)

@@ -140,12 +140,13 @@ def test_zero_gradients_give_the_plain_gradient_where_optax_gives_nan(key, metho
         np.testing.assert_array_equal(grads, 0)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
-@pytest.mark.parametrize("scale", [1e-30, 1e-6, 1.0, 1e4, 1e30])
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [(jnp.float16, scale) for scale in (1.0, 1e4)]
+    + [(dtype, scale) for dtype in (jnp.bfloat16, jnp.float32) for scale in (1e-30, 1e-6, 1.0, 1e4, 1e30)],
+)
 def test_small_and_large_gradients_have_a_direction(key, dtype, scale):
-    """Squares of gradients of 1e-6 are zero in float16, and those of 1e30 infinite in float32."""
-    if not float(jnp.finfo(dtype).tiny) < scale < float(jnp.finfo(dtype).max):
-        pytest.skip("not a number of this type")
+    """Squares of 1e-30 are zero and those of 1e30 infinite in float32, as are those of 1e4 in float16."""
     slope = scale * jnp.array([0.5, -1.0, 1.0, 0.25])
 
     def tilted(w):

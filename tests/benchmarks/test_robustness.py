@@ -409,7 +409,7 @@ def test_the_claim_is_said_in_the_caption():
 
 def test_cutout_blackens_a_square_of_each_image(key):
     examples = data.Examples(jnp.ones((500, 8, 6, 3)), jnp.arange(500))
-    images, labels = augmentation.named("cutout", 10)(key, examples)
+    images, labels = augmentation.named("cutout", 10)(key, 0, examples)
     np.testing.assert_array_equal(labels, examples.labels)
     black = np.asarray(images[..., 0] == 0)
     assert np.all((images == 0) == black[..., None])
@@ -424,7 +424,7 @@ def test_cutout_blackens_a_square_of_each_image(key):
 def test_mixup_mixes_images_as_it_does_labels(key):
     labels = jnp.arange(6) % 3
     images = jax.nn.one_hot(labels, 3).reshape(6, 1, 1, 3)
-    mixed, probabilities = augmentation.named("mixup", 3)(key, data.Examples(images, labels))
+    mixed, probabilities = augmentation.named("mixup", 3)(key, 0, data.Examples(images, labels))
     np.testing.assert_allclose(mixed.reshape(6, 3), probabilities, rtol=1e-6)
     np.testing.assert_allclose(probabilities.sum(1), 1, rtol=1e-6)
     assert np.any((probabilities > 0) & (probabilities < 1))
