@@ -33,7 +33,7 @@ def cutout(key: jax.Array, examples: Examples, share: float = 0.5) -> Examples:
         DeVries and Taylor, Improved Regularization of Convolutional Neural Networks with Cutout,
         arXiv 1708.04552, 2017.
     """
-    images = jnp.asarray(examples.images)
+    images = jnp.asarray(examples.inputs)
     number, *sizes = images.shape[:3]
     side = round(share * min(sizes))
     inside = jnp.ones((number, 1, 1, 1), bool)
@@ -69,7 +69,7 @@ def mixup(key: jax.Array, examples: Examples, num_classes: int, alpha: float = 0
     def mixed(x: jax.Array) -> jax.Array:
         return share.astype(x.dtype) * x + (1 - share).astype(x.dtype) * x[order]
 
-    return Examples(mixed(jnp.asarray(examples.images)), mixed(labels))
+    return Examples(mixed(jnp.asarray(examples.inputs)), mixed(labels))
 
 
 @functools.cache

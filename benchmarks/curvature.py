@@ -164,7 +164,7 @@ def _problem(network: nnx.Module, metadata: checkpoints.Metadata) -> Problem:
 
     @jax.jit
     def logits(params: nnx.State, examples: Examples) -> jax.Array:
-        return nnx.merge(graphdef, params, rest, copy=True)(examples.images)
+        return nnx.merge(graphdef, params, rest, copy=True)(examples.inputs)
 
     @jax.jit
     def loss(logits: jax.Array, examples: Examples) -> jax.Array:

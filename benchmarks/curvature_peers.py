@@ -405,7 +405,7 @@ def exact_trace(model: nnx.Module, batches: Sequence[Examples]) -> float:
         return optax.tree.norm(jax.jacrev(weighted)(params, image), squared=True)
 
     each = jax.jit(jax.vmap(squares, in_axes=(None, 0)))
-    images = np.concatenate([batch.images for batch in batches])
+    images = np.concatenate([batch.inputs for batch in batches])
     chunks = [images[start : start + CHUNK] for start in range(0, len(images), CHUNK)]
     return float(np.mean(np.concatenate([each(params, chunk) for chunk in chunks]), dtype=np.float64))
 

@@ -211,5 +211,5 @@ def _nnx_norms(model: nnx.Module) -> list[Any]:
 
 
 def _batch(batch: Examples, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    images = torch.tensor(np.asarray(batch.images), device=device).permute(0, 3, 1, 2).contiguous()
+    images = torch.tensor(np.asarray(batch.inputs), device=device).permute(0, 3, 1, 2).contiguous()
     return images, torch.tensor(np.asarray(batch.labels, np.int64), device=device)

@@ -20,9 +20,9 @@ NUM_TEST = 1000
 
 
 class Examples(NamedTuple):
-    """Images, float32 of shape (n, height, width, channels) in 0 to 1, and labels, int32 of shape (n,)."""
+    """Inputs, such as images, float32 of shape (n, height, width, channels) in 0 to 1; labels, int32 (n,)."""
 
-    images: jax.Array | np.ndarray
+    inputs: Any
     labels: jax.Array | np.ndarray
 
 
@@ -93,7 +93,7 @@ def digits(seed: int, num_train: int, wrong_labels: float = 0.0) -> Split:
 def batches(examples: Examples, batch_size: int, seed: int) -> Iterator[Examples]:
     """Endless batches: a new order in each epoch, without the last images that fill no batch."""
     rng = np.random.default_rng([seed, 2])
-    images, labels = np.asarray(examples.images), np.asarray(examples.labels)
+    images, labels = np.asarray(examples.inputs), np.asarray(examples.labels)
     while True:
         order = rng.permutation(len(labels))
         for first in range(0, len(order) - batch_size + 1, batch_size):
@@ -120,8 +120,8 @@ def load_images(folder: Path, num_train: int | None = None, num_test: int | None
         raise UserError(f"no folder {folder}")
     train_files, test_files = (_split_files(folder, split) for split in ("train", "test"))
     train, test = _read(train_files, num_train), _read(test_files, num_test)
-    if train.images.shape[1:] != test.images.shape[1:]:
-        shapes = (part.images.shape[1:] for part in (train, test))
+    if train.inputs.shape[1:] != test.inputs.shape[1:]:
+        shapes = (part.inputs.shape[1:] for part in (train, test))
         raise UserError("{}: train has images of shape {}, test of {}".format(folder, *shapes))
     return ImageSet(train, test, _class_names(train_files[0]))
 

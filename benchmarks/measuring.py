@@ -54,7 +54,7 @@ def gauge(graphdef: nnx.GraphDef[Any]) -> Gauge:
     @jax.jit
     def accuracy(params: nnx.State, batch: tuple[Examples, nnx.State]) -> jax.Array:
         examples, rest = batch
-        logits = nnx.merge(graphdef, params, rest)(examples.images)
+        logits = nnx.merge(graphdef, params, rest)(examples.inputs)
         return jnp.mean(jnp.argmax(logits, axis=-1) == examples.labels)
 
     return Gauge(loss, accuracy)

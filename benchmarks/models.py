@@ -121,7 +121,7 @@ class Block(nnx.Module):
 
 def cross_entropy(model: Callable[[jax.Array | np.ndarray], jax.Array], examples: Examples) -> jax.Array:
     """The mean loss over the examples."""
-    logits = model(examples.images)
+    logits = model(examples.inputs)
     return optax.softmax_cross_entropy_with_integer_labels(logits, examples.labels).mean()
 
 

@@ -229,7 +229,7 @@ def _hessian_trace(**options: Any) -> Callable[[Problem], Gradient]:
 
 def _confident(problem: Problem) -> Gradient:
     def loss(params: nnx.State, batch: Examples) -> jax.Array:
-        logits = problem.logits(batch.images, params)
+        logits = problem.logits(batch.inputs, params)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
         return jnp.mean(losses + STRENGTH * penalties.confidence(logits))
 
@@ -284,19 +284,19 @@ RIVALS = {
     "input gradient": Rival(
         "loss's slope along the input",
         "loss(w, x) + c * penalties.input_gradient(losses, x).mean()",
-        _plus(lambda p, _, params, b: penalties.input_gradient(p.losses, b.images, params, b.labels).mean()),
+        _plus(lambda p, _, params, b: penalties.input_gradient(p.losses, b.inputs, params, b.labels).mean()),
     ),
     "Jacobian": Rival(
         "outputs' slope along the input",
         "loss(w, x) + c * penalties.jacobian(key, outputs, x).mean()",
-        _plus(lambda p, key, params, b: penalties.jacobian(key, p.logits, b.images, params).mean()),
+        _plus(lambda p, key, params, b: penalties.jacobian(key, p.logits, b.inputs, params).mean()),
     ),
     "input Hessian": Rival(
         "loss's curvature along the input",
         "loss(w, x) + c * penalties.input_hessian_norm(key, losses, x).mean()",
         _plus(
             lambda p, key, params, b: penalties.input_hessian_norm(
-                key, p.losses, b.images, params, b.labels
+                key, p.losses, b.inputs, params, b.labels
             ).mean()
         ),
     ),

@@ -352,7 +352,7 @@ def _problem(name: str, folder: Path, options: argparse.Namespace) -> Problem:
 
 
 def _part(examples: Examples, first: int, end: int | None = None) -> Examples:
-    return Examples(examples.images[first:end], examples.labels[first:end])
+    return Examples(examples.inputs[first:end], examples.labels[first:end])
 
 
 @functools.cache
@@ -381,7 +381,7 @@ def _network(shape: tuple[int, int, int], num_classes: int) -> Network:
 
 
 def _network_for(problem: Problem) -> Network:
-    _, *shape = problem.train.images.shape
+    _, *shape = problem.train.inputs.shape
     return _network(tuple(shape), problem.num_classes)
 
 
@@ -535,7 +535,7 @@ def _settings(options: argparse.Namespace, problems: list[Problem], names: list[
     }
     sizes = {
         problem.name: {
-            "shape": list(problem.train.images.shape[1:]),
+            "shape": list(problem.train.inputs.shape[1:]),
             **{part: len(getattr(problem, part).labels) for part in ("train", "validation", "test")},
         }
         for problem in problems
@@ -653,12 +653,12 @@ def _nso(
 def _input_gradient(losses: Losses, key: jax.Array, params: nnx.State, batch: Examples) -> jax.Array:
     del key
     fun = lambda images: losses(params, images, batch.labels)  # noqa: E731
-    return penalties.input_gradient(fun, batch.images).mean()
+    return penalties.input_gradient(fun, batch.inputs).mean()
 
 
 def _input_hessian(losses: Losses, key: jax.Array, params: nnx.State, batch: Examples) -> jax.Array:
     fun = lambda images: losses(params, images, batch.labels)  # noqa: E731
-    return penalties.input_hessian_norm(key, fun, batch.images).mean()
+    return penalties.input_hessian_norm(key, fun, batch.inputs).mean()
 
 
 def _hessian_trace(losses: Losses, key: jax.Array, params: nnx.State, batch: Examples) -> jax.Array:

@@ -144,7 +144,7 @@ def steps(
 
 
 def _to_torch(batch: Examples, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    inputs = torch.tensor(np.asarray(batch.images), device=device)
+    inputs = torch.tensor(np.asarray(batch.inputs), device=device)
     if inputs.ndim == 4:
         inputs = inputs.permute(0, 3, 1, 2)  # channels first in shape, still last in memory, which is faster
     return inputs, torch.tensor(np.asarray(batch.labels, np.int64), device=device)

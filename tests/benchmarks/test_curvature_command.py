@@ -61,7 +61,7 @@ def test_the_demo_saves_the_first_seed_of_a_method(trained):
     split = data.digits(0, 40, 0.2)
     loss = models.cross_entropy(network, split.train)
     assert float(loss) == pytest.approx(run["train_loss"], rel=1e-5)
-    accuracy = np.mean(np.argmax(network(split.test.images), axis=-1) == split.test.labels)
+    accuracy = np.mean(np.argmax(network(split.test.inputs), axis=-1) == split.test.labels)
     assert accuracy == pytest.approx(run["test_accuracy"], rel=1e-5)
 
 
@@ -131,7 +131,7 @@ def test_table_fits_into_80_columns(results, capsys):
 def network():
     """With batch statistics that are not the initial ones."""
     network = models.ConvNet(rngs=nnx.Rngs(3))
-    network(data.digits(3, 400).train.images)
+    network(data.digits(3, 400).train.inputs)
     network.eval()
     return network
 
@@ -142,7 +142,7 @@ def test_a_saved_network_comes_back_bit_for_bit(network, tmp_path):
     assert metadata == METADATA
     saved = nnx.Param, nnx.BatchStat
     jax.tree.map(np.testing.assert_array_equal, nnx.state(loaded, saved), nnx.state(network, saved))
-    images = data.digits(3, 400).test.images
+    images = data.digits(3, 400).test.inputs
     np.testing.assert_array_equal(loaded(images), network(images))
 
 

@@ -91,14 +91,14 @@ def test_parts_of_structs_in_a_subfolder_follow_their_names(tmp_path):
     loaded = data.load_images(tmp_path)
     assert loaded.class_names == ()
     np.testing.assert_array_equal(loaded.train.labels, np.arange(5))
-    np.testing.assert_allclose(loaded.train.images, colours / 255, rtol=1e-6)
+    np.testing.assert_allclose(loaded.train.inputs, colours / 255, rtol=1e-6)
 
 
 def test_jpegs_come_near(tmp_path, pixels):
     smooth = np.full((3, 8, 8, 3), 100, np.uint8)
     for split in ("train", "test"):
         write_split(tmp_path / f"{split}.parquet", [encoded(image, "JPEG") for image in smooth], [0, 1, 2])
-    np.testing.assert_allclose(data.load_images(tmp_path).train.images, 100 / 255, atol=0.01)
+    np.testing.assert_allclose(data.load_images(tmp_path).train.inputs, 100 / 255, atol=0.01)
 
 
 GOOD = encoded(noisy_images(1)[0])
@@ -290,7 +290,7 @@ def problem():
 def test_margin_is_positive_where_the_network_is_wrong(problem):
     network, examples = problem
     model = models.StridedConvNet((8, 8, 1), rngs=nnx.Rngs(3))
-    logits = np.asarray(model(examples.images))
+    logits = np.asarray(model(examples.inputs))
     margins = network.margins(network.initial(3), *examples)
     wrong = np.argmax(logits, axis=1) != examples.labels
     np.testing.assert_array_equal(margins > 0, wrong)
