@@ -4,7 +4,7 @@ Everything but the standard library is imported late, so that a missing package 
 """
 
 import _thread
-import argparse
+import dataclasses
 import importlib
 import json
 import os
@@ -12,17 +12,17 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
-from benchmarks import arguments, table
-from benchmarks.files import UserError, output_folder, read_file, write_files
+from benchmarks import table
+from benchmarks.files import RESULTS, UserError, output_folder, read_file, write_files
 
 
-class Benchmark(NamedTuple):
-    """A command of the module that has its name.
+class Command(NamedTuple):
+    """A command, of the module that has its name.
 
     Attributes:
-        help: What it measures.
+        help: What it does.
         devices: How many devices a CPU is to be split into; None leaves that to the user.
     """
 
@@ -30,23 +30,23 @@ class Benchmark(NamedTuple):
     devices: int | None = None
 
 
-METHODS = ("sgd", "sam", "wp-sgd", "nso")
-BENCHMARKS = {
-    "step-cost": Benchmark("times of whole training steps, beside plain ones, SAM and PyTorch"),
-    "memory": Benchmark("memory that the averaged gradient takes beyond a plain one"),
-    "communication": Benchmark("bytes that devices exchange in a training step", devices=8),
-    "variance": Benchmark("variance of the averaged gradient, at equal cost", devices=8),
-    "curvature": Benchmark(
-        "how curved the loss of a saved network is: trace, eigenvalues, spectrum, layers, noise"
-    ),
-    "curvature-peers": Benchmark(
-        "what a trace and the top eigenvalues cost to a given true error, beside PyHessian and curvlinops"
-    ),
-    "matrix-sensing": Benchmark("a low-rank matrix from few measurements: the problem of the paper"),
-    "rivals": Benchmark("what SAM, its family and penalties cost, in gradients and memory"),
-    "robustness": Benchmark("accuracy under attack, after training with input penalties or NSO"),
+COMMANDS = {
+    "demo": Command("four methods on small digits, in minutes"),
+    "step-cost": Command("times of whole training steps, beside SAM and PyTorch"),
+    "memory": Command("memory that the averaged gradient takes beyond a plain one"),
+    "communication": Command("bytes that devices exchange in a training step", devices=8),
+    "variance": Command("variance of the averaged gradient, at equal cost", devices=8),
+    "curvature": Command("how curved the loss of a saved network is"),
+    "curvature-peers": Command("curvature to a given error, beside PyHessian and curvlinops"),
+    "matrix-sensing": Command("the paper's problem: a matrix from few measurements"),
+    "images": Command("methods compared in fine-tuning on images, with few examples"),
+    "text": Command("methods compared in fine-tuning a pretrained encoder"),
+    "ablate": Command("what each choice in noise stability optimization is worth"),
+    "rivals": Command("what SAM, its family and penalties cost"),
+    "robustness": Command("accuracy under attack, after input penalties or NSO"),
+    "publish": Command("copies a demo's output to benchmarks/results and README.md"),
+    "readme": Command("writes the tables of benchmarks/results to README.md"),
 }
-RESULTS = Path(__file__).parent / "results"
 PUBLISHED = {
     "results.json": "demo.json",
     "training.png": "demo-training.png",
@@ -73,13 +73,15 @@ def main(words: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 2 after a mistake of the user's, 130 after Ctrl-C.
     """
-    words = sys.argv[1:] if words is None else words
-    command = words[0] if words else ""
+    name, *rest = (sys.argv[1:] if words is None else words) or [""]
+    prog = f"python -m benchmarks {name}".strip()
+    if name in {"-h", "--help"}:
+        print(_help())
+        return 0
     try:
-        options = _parser(command).parse_args(words)
-        options.run(options)
+        _run(name, prog, rest)
     except UserError as error:
-        print(f"python -m benchmarks {command}: {error}", file=sys.stderr)
+        print(f"{prog}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -87,48 +89,76 @@ def main(words: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _demo(options: argparse.Namespace) -> None:
+def _help() -> str:
+    commands = "\n".join(f"  {name:15}  {command.help}" for name, command in COMMANDS.items())
+    return (
+        "usage: python -m benchmarks COMMAND [--help] [OPTIONS]\n\n"
+        f"What nso_jax claims, reproducible.\n\ncommands:\n{commands}"
+    )
+
+
+def _run(name: str, prog: str, words: Sequence[str]) -> None:
+    if name not in COMMANDS:
+        raise UserError(f"expected a command, one of {', '.join(COMMANDS)}")
+    try:
+        import tyro  # noqa: PLC0415
+
+        module = None if name in FUNCTIONS else _load(name)
+    except ImportError as error:
+        raise _missing_package(error) from error
+    if module is None:
+        tyro.cli(FUNCTIONS[name], prog=prog, args=words)
+    else:
+        _measure(name, module, tyro.cli(module.Options, prog=prog, args=words))
+
+
+def _measure(name: str, module: Any, options: Any) -> None:
+    """Runs the demo or a benchmark, and writes its files."""
+    for field in dataclasses.fields(options):
+        if getattr(options, field.name) == () != field.default:
+            raise UserError(f"argument --{field.name}: expected at least one value")
     with output_folder(options.out):
-        try:
-            from benchmarks import demo  # noqa: PLC0415
-        except ImportError as error:
-            raise _missing_package(error) from error
-        methods = tuple(dict.fromkeys(options.methods))
-        settings = demo.Settings(methods, options.seeds, options.steps, wrong_labels=options.wrong_labels)
-        files = demo.demo(settings)
-        write_files({options.out / name: content for name, content in files.items()})
+        if name == "demo":
+            files = module.demo(_demo_settings(module, options))
+        else:
+            from benchmarks import report  # noqa: PLC0415
+
+            files = report.measure(module, name, options)
+        write_files({options.out / file: content for file, content in files.items()})
     print(f"{options.out}: {', '.join(files)}")
 
 
-def _benchmark(options: argparse.Namespace) -> None:
-    with output_folder(options.out):
-        from benchmarks import report  # noqa: PLC0415
-
-        files = report.measure(options.module, options.command, options)
-        write_files({options.out / name: content for name, content in files.items()})
-    print(f"{options.out}: {', '.join(files)}")
+def _demo_settings(demo: Any, options: Any) -> Any:
+    methods = tuple(dict.fromkeys(options.methods))
+    return demo.Settings(methods, options.seeds, options.steps, wrong_labels=options.wrong_labels)
 
 
 def _load(name: str) -> Any:
-    """A benchmark's module, imported with as many devices as it needs: JAX reads the flag only once."""
+    """A command's module, imported with as many devices as it needs: JAX reads the flag only once."""
     # Threads of NumPy's would wait for cores that those of XLA and PyTorch keep busy.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     flag, flags = "--xla_force_host_platform_device_count", os.environ.get("XLA_FLAGS", "")
-    if (devices := BENCHMARKS[name].devices) and flag not in flags:
+    if (devices := COMMANDS[name].devices) and flag not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {flag}={devices}".strip()
-    try:
-        return importlib.import_module(f"benchmarks.{name.replace('-', '_')}")
-    except ImportError as error:
-        raise _missing_package(error) from error
+    return importlib.import_module(f"benchmarks.{name.replace('-', '_')}")
 
 
-def _publish(options: argparse.Namespace) -> None:
-    contents = {RESULTS / new: read_file(options.out / old) for old, new in PUBLISHED.items()}
+def _publish(out: Path = Path("runs/demo")) -> None:
+    """Copies a demo's output to benchmarks/results and README.md.
+
+    Args:
+        out: The demo's output folder.
+    """
+    contents = {RESULTS / new: read_file(out / old) for old, new in PUBLISHED.items()}
     write_files(contents | {README: _readme_with({"demo": contents[RESULTS / "demo.json"]})})
 
 
-def _readme(_: argparse.Namespace) -> None:
+def _readme() -> None:
+    """Writes the tables of benchmarks/results to README.md."""
     write_files({README: _readme_with({})})
+
+
+FUNCTIONS = {"publish": _publish, "readme": _readme}
 
 
 def _readme_with(fresh: dict[str, bytes]) -> str:
@@ -136,7 +166,8 @@ def _readme_with(fresh: dict[str, bytes]) -> str:
     text = read_file(README).decode()
     for name, module in TABLES.items():
         results = json.loads(fresh.get(name) or read_file(RESULTS / f"{name}.json"))
-        made = importlib.import_module(f"benchmarks.{module}").markdown(results)
+        tabular = importlib.import_module(f"benchmarks.{module}")
+        made = tabular.markdown(results) if module == "rivals" else table.markdown(tabular, results)
         text = table.replace_in(text, f"{name}-table", made)
     return text
 
@@ -148,54 +179,6 @@ def _missing_package(error: ImportError) -> Exception:
     return UserError(
         f"needs {package or error}, of the 'benchmarks' extra: pip install 'nso-jax[benchmarks]'"
     )
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, without the usage."""
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
-def _parser(command: str) -> argparse.ArgumentParser:
-    """The parser; of the benchmarks only the one that is called is imported, for its options."""
-    parser = _Parser(prog="python -m benchmarks", description="What nso_jax claims, reproducible.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    defaults = argparse.ArgumentDefaultsHelpFormatter
-
-    demo = commands.add_parser(
-        "demo", help="four methods on small digits, in minutes", formatter_class=defaults
-    )
-    demo.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="what to compare")
-    demo.add_argument("--seeds", type=arguments.count, default=5, help="trainings of each method")
-    demo.add_argument(
-        "--steps",
-        type=arguments.count,
-        default=1200,
-        help="steps of two gradient evaluations (sgd: twice as many of one)",
-    )
-    demo.add_argument(
-        "--wrong-labels", type=arguments.share, default=0.2, help="share of the training labels made wrong"
-    )
-    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="output folder")
-    demo.set_defaults(run=_demo)
-
-    for name, benchmark in BENCHMARKS.items():
-        measure = commands.add_parser(name, help=benchmark.help, formatter_class=defaults)
-        if name == command:
-            module = _load(name)
-            module.add_options(measure)
-            measure.set_defaults(run=_benchmark, module=module)
-        measure.add_argument("--out", type=Path, default=RESULTS, help="output folder")
-
-    publish = commands.add_parser(
-        "publish", help="copies a demo's output to benchmarks/results and README.md"
-    )
-    publish.add_argument("--out", type=Path, default=Path("runs/demo"), help="the demo's output folder")
-    publish.set_defaults(run=_publish)
-
-    readme = commands.add_parser("readme", help="writes the tables of benchmarks/results to README.md")
-    readme.set_defaults(run=_readme)
-    return parser
 
 
 def _interrupt_again(lost: Any) -> None:

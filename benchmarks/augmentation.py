@@ -2,11 +2,14 @@
 
 import functools
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from benchmarks.data import Examples
+
+Name = Literal["none", "cutout", "mixup"]
 
 # With the key of a training and the number of the batch in it.
 Augment = Callable[[jax.Array, int, Examples], Examples]
@@ -73,7 +76,7 @@ def mixup(key: jax.Array, examples: Examples, num_classes: int, alpha: float = 0
 
 
 @functools.cache
-def named(name: str, num_classes: int) -> Augment:
+def named(name: Name, num_classes: int) -> Augment:
     """The one of a name: "none", "cutout" or "mixup", compiled once."""
     if name == "none":
         return unchanged
@@ -83,6 +86,3 @@ def named(name: str, num_classes: int) -> Augment:
     }
     change = changes[name]
     return jax.jit(lambda key, number, examples: change(jax.random.fold_in(key, number), examples))
-
-
-NAMES = ("none", "cutout", "mixup")

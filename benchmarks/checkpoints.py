@@ -64,8 +64,17 @@ def save(network: nnx.Module, metadata: Metadata) -> bytes:
         network: One of `NETWORKS`.
         metadata: How it was trained.
     """
+    return dump(network, {name: str(value) for name, value in metadata._asdict().items()})
+
+
+def dump(network: nnx.Module, words: dict[str, str] | None = None) -> bytes:
+    """A file's content with the weights and batch statistics of any network.
+
+    Args:
+        network: The network.
+        words: Metadata of the file.
+    """
     arrays = {name: np.asarray(array) for name, array in named(nnx.state(network, _SAVED)).items()}
-    words = {name: str(value) for name, value in metadata._asdict().items()}
     return safetensors.numpy.save(arrays, metadata=words)
 
 
@@ -86,7 +95,7 @@ def load(path: Path) -> tuple[nnx.Module, Metadata]:
         with safetensors.safe_open(path, framework="numpy") as file:
             metadata = Metadata.parse(file.metadata() or {})
         network = initial(metadata)
-        _fill(network, safetensors.numpy.load(content))
+        fill(network, safetensors.numpy.load(content))
     except safetensors.SafetensorError as error:
         raise UserError(f"{path} is no safetensors file: {error}") from error
     except UserError as error:
@@ -122,18 +131,28 @@ def _dotted(path: tuple[Any, ...]) -> str:
     return ".".join(str(entry.key) for entry in path if isinstance(entry, jax.tree_util.DictKey))
 
 
-def _fill(network: nnx.Module, arrays: dict[str, np.ndarray]) -> None:
-    """Gives a network the arrays, if they are those that it takes."""
+def fill(network: nnx.Module, arrays: dict[str, np.ndarray], but: str | None = None) -> None:
+    """Gives a network the arrays that `dump` took from one.
+
+    Args:
+        network: The network.
+        arrays: By their dotted paths.
+        but: The attribute that keeps its own, such as the head for other classes.
+
+    Raises:
+        UserError: They are not those that it takes.
+    """
     state = nnx.state(network, _SAVED)
-    expected = {name: _described(array) for name, array in named(state).items()}
-    given = {name: _described(array) for name, array in arrays.items()}
+    own = {name: array for name, array in named(state).items() if name.partition(".")[0] == but}
+    expected = {name: _described(array) for name, array in named(state).items() if name not in own}
+    given = {name: _described(array) for name, array in arrays.items() if name.partition(".")[0] != but}
     for name in sorted(expected.keys() | given.keys()):
         if expected.get(name) != given.get(name):
             raise UserError(
                 f"does not fit the network: expected {expected.get(name, 'nothing')} for {name}, "
                 f"got {given.get(name, 'nothing')}"
             )
-    filled = jax.tree.map_with_path(lambda path, _: jnp.asarray(arrays[_dotted(path)]), state)
+    filled = jax.tree.map_with_path(lambda path, _: jnp.asarray((arrays | own)[_dotted(path)]), state)
     nnx.update(network, filled)
 
 

@@ -1,10 +1,10 @@
 """What a training step on eight devices sends between them, read from the compiled program."""
 
-import argparse
+import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -64,18 +64,22 @@ class Step(NamedTuple):
     num_microbatches: int = 1
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `run`."""
-    parser.add_argument(
-        "--samples", type=arguments.count, nargs="+", default=[1, 2, 4, 8], help="numbers of draws, k"
-    )
+@dataclasses.dataclass(frozen=True)
+class Options(arguments.Output):
+    """Counts the bytes that eight devices exchange in a training step.
+
+    Attributes:
+        samples: Numbers of draws, k.
+    """
+
+    samples: tuple[arguments.Count, ...] = (1, 2, 4, 8)
 
 
-def run(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
+def run(options: Options, progress: Progress) -> dict[str, Any]:
     """Compiles training steps and counts what they send; none of them is run.
 
     Args:
-        options: `samples`, the numbers of draws.
+        options: The settings.
         progress: Where to show how far it is.
 
     Returns:
@@ -146,7 +150,7 @@ def plot(results: dict[str, Any]) -> bytes:
     return plots.finish(figure, axes)
 
 
-def data_parallel_steps(loss: Callable[..., jax.Array], samples: list[int]) -> list[Step]:
+def data_parallel_steps(loss: Callable[..., jax.Array], samples: Sequence[int]) -> list[Step]:
     """The plain gradient first, then each way to average it over draws."""
     mesh = _mesh()
     here = functools.partial(nso_jax.value_and_grad, loss, sigma=SIGMA)

@@ -1,11 +1,11 @@
 """How curved the training loss of a saved network is: all that `nso_jax.curvature` tells of it."""
 
-import argparse
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Annotated, Any, NamedTuple, Self
 
 import jax
 import numpy as np
@@ -18,11 +18,10 @@ from rich.progress import Progress
 
 from benchmarks import arguments, checkpoints, data, plots
 from benchmarks.data import Examples
-from benchmarks.files import UserError
+from benchmarks.files import RESULTS, UserError
 from nso_jax import curvature
 from nso_jax.curvature import Eigenpairs, GaussNewton, LayerStructure
 
-MODEL = Path(__file__).parent / "results" / "demo-nso.safetensors"
 TOLERANCE = 1e-4  # of an eigenvalue's residual, over the largest eigenvalue
 NUM_SAMPLES = 64  # draws of weight noise
 SIGMAS = np.geomspace(1 / 8, 2, 9)  # over the suggested one, which is among them
@@ -52,20 +51,30 @@ class Problem(NamedTuple):
     examples: Examples
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of this benchmark."""
-    parser.add_argument("--model", type=Path, default=MODEL, help="network that the demo saved")
-    parser.add_argument("--products", type=_at_least(4), default=100, help="products for a trace")
-    parser.add_argument("--eigenvalues", type=_at_least(2), default=5, help="how many, at either end")
-    parser.add_argument("--probes", type=_at_least(2), default=10, help="probes of the spectral density")
-    parser.add_argument("--steps", type=_at_least(2), default=64, help="products for each of these probes")
+@dataclasses.dataclass(frozen=True)
+class Options(arguments.Output):
+    """Measures how curved the training loss of a saved network is.
+
+    Attributes:
+        model: Network that the demo saved.
+        products: Hessian-vector products for a trace.
+        eigenvalues: How many, at either end.
+        probes: Probes of the spectral density.
+        steps: Products for each of these probes.
+    """
+
+    model: Path = RESULTS / "demo-nso.safetensors"
+    products: Annotated[int, arguments.at_least(4)] = 100
+    eigenvalues: Annotated[int, arguments.at_least(2)] = 5
+    probes: Annotated[int, arguments.at_least(2)] = 10
+    steps: Annotated[int, arguments.at_least(2)] = 64
 
 
-def run(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
+def run(options: Options, progress: Progress) -> dict[str, Any]:
     """Measures everything.
 
     Args:
-        options: `model`, `products`, `eigenvalues`, `probes` and `steps`.
+        options: The settings.
         progress: Where to show how far it is.
 
     Returns:
@@ -140,17 +149,6 @@ def plot(results: dict[str, Any]) -> bytes:
     _plot_rise(rise, results["noise"])
     _plot_layers(layers, results["trace"])
     return plots.finish(figure)
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    """The type of whole numbers from `least` on."""
-
-    def parse(text: str) -> int:
-        if (number := arguments.count(text)) < least:
-            raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
-        return number
-
-    return parse
 
 
 def _load(path: Path) -> tuple[nnx.Module, checkpoints.Metadata]:
@@ -237,9 +235,7 @@ def _without_vectors(pairs: Eigenpairs) -> dict[str, Any]:
     }
 
 
-def _density(
-    problem: Problem, options: argparse.Namespace, largest: float, progress: Progress
-) -> dict[str, Any]:
+def _density(problem: Problem, options: Options, largest: float, progress: Progress) -> dict[str, Any]:
     """The spectral density, and how many eigenvalues are large by it."""
     with _Task(progress, "spectral density", options.probes * options.steps) as task:
         density = curvature.spectral_density(
@@ -378,7 +374,7 @@ def _listed(figures: dict[str, Any]) -> dict[str, Any]:
     return {name: np.asarray(value).tolist() for name, value in figures.items()}
 
 
-def _settings(options: argparse.Namespace, metadata: checkpoints.Metadata) -> dict[str, Any]:
+def _settings(options: Options, metadata: checkpoints.Metadata) -> dict[str, Any]:
     return {
         "model": options.model.name,
         "trained": metadata._asdict(),

@@ -1,13 +1,13 @@
 """What a trace and the top eigenvalues cost to a given true error: nso_jax, PyHessian, curvlinops."""
 
-import argparse
+import dataclasses
 import functools
 import importlib.metadata
 import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -136,24 +136,29 @@ COLOURS = {OURS: "#0072B2", CURVLINOPS: "#E69F00", PYHESSIAN: "#CC79A7"}
 MARKERS = {"xtrace": "o", "hutch++": "s"}
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of this benchmark."""
-    parser.add_argument(
-        "--networks", nargs="+", choices=NETWORKS, default=tuple(NETWORKS), help="whose Hessians to measure"
-    )
-    parser.add_argument("--seeds", type=arguments.count, help="estimates for each error, instead of 20")
-    parser.add_argument(
-        "--repetitions",
-        type=arguments.count,
-        help="measurements of each time, instead of 5, or 3 of the ConvNet",
-    )
+NetworkName = Literal["mlp", "convnet"]
 
 
-def run(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Options(arguments.Output):
+    """Times a trace and the top eigenvalues to a given true error: nso_jax, PyHessian, curvlinops.
+
+    Attributes:
+        networks: Whose Hessians to measure.
+        seeds: Estimates for each error, instead of 20.
+        repetitions: Measurements of each time, instead of 5, or 3 of the ConvNet.
+    """
+
+    networks: tuple[NetworkName, ...] = get_args(NetworkName)
+    seeds: arguments.OwnCount = None
+    repetitions: arguments.OwnCount = None
+
+
+def run(options: Options, progress: Progress) -> dict[str, Any]:
     """Measures all libraries on each network.
 
     Args:
-        options: `networks`, and `seeds` and `repetitions` or None.
+        options: The settings.
         progress: Where to show how far it is.
 
     Returns:

@@ -1,15 +1,19 @@
-"""The images to train on: the 1,797 digits of 8x8 pixels that scikit-learn ships, or Parquet files."""
+"""The examples to train on: 1,797 digits of 8x8 pixels that scikit-learn ships, or those of Parquet files."""
 
+import contextlib
+import fnmatch
 import io
 import itertools
-from collections.abc import Iterator
+import json
+import posixpath
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import fsspec
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 from sklearn import datasets
@@ -20,7 +24,13 @@ NUM_TEST = 1000
 
 
 class Examples(NamedTuple):
-    """Inputs, such as images, float32 of shape (n, height, width, channels) in 0 to 1; labels, int32 (n,)."""
+    """Inputs and what they are.
+
+    Attributes:
+        inputs: Images, float32 of shape (n, height, width, channels) in 0 to 1, or what else a network takes:
+            an array, or a pytree of arrays, with one row for each example.
+        labels: The numbers of their classes, int32 of shape (n,).
+    """
 
     inputs: Any
     labels: jax.Array | np.ndarray
@@ -53,6 +63,22 @@ class ImageSet(NamedTuple):
     """
 
     train: Examples
+    test: Examples
+    class_names: tuple[str, ...]
+
+
+class TextSet(NamedTuple):
+    """Texts from files; the inputs of each part are a list of strings.
+
+    Attributes:
+        train: Those of the split train.
+        validation: Those of the split validation, None if there is none.
+        test: Those of the split test.
+        class_names: In the order of the labels; empty if the files do not tell.
+    """
+
+    train: Examples
+    validation: Examples | None
     test: Examples
     class_names: tuple[str, ...]
 
@@ -90,81 +116,287 @@ def digits(seed: int, num_train: int, wrong_labels: float = 0.0) -> Split:
     )
 
 
-def batches(examples: Examples, batch_size: int, seed: int) -> Iterator[Examples]:
-    """Endless batches: a new order in each epoch, without the last images that fill no batch."""
+def batches(examples: Examples, batch_size: int, seed: int, first: int = 0) -> Iterator[Examples]:
+    """Endless batches: a new order in each epoch, without the last examples that fill no batch.
+
+    Args:
+        examples: What they are taken from.
+        batch_size: How many examples a batch has.
+        seed: It draws the orders.
+        first: The number of the batch to start with: what goes on from there is what it would have been.
+
+    Returns:
+        The batches.
+
+    Raises:
+        UserError: There are too few examples for a batch.
+    """
+    number = len(examples.labels)
+    if not 1 <= batch_size <= number:
+        raise UserError(f"expected a batch of 1 to {number} examples, as many as there are, got {batch_size}")
     rng = np.random.default_rng([seed, 2])
-    images, labels = np.asarray(examples.inputs), np.asarray(examples.labels)
-    while True:
-        order = rng.permutation(len(labels))
-        for first in range(0, len(order) - batch_size + 1, batch_size):
-            chosen = order[first : first + batch_size]
-            yield Examples(images[chosen], labels[chosen])
+    orders = (rng.permutation(number) for _ in itertools.count())
+    chosen = (
+        order[start : start + batch_size]
+        for order in orders
+        for start in range(0, number - batch_size + 1, batch_size)
+    )
+    arrays = jax.tree.map(np.asarray, examples)
+    return (_rows_of(arrays, indices) for indices in itertools.islice(chosen, first, None))
 
 
-def load_images(folder: Path, num_train: int | None = None, num_test: int | None = None) -> ImageSet:
-    """Images from the Parquet files of a folder, `train*.parquet` and `test*.parquet`, there or in `data`.
+def only_classes(examples: Examples, classes: Sequence[int]) -> Examples:
+    """The examples of some classes.
+
+    Args:
+        examples: What they are taken from.
+        classes: Their labels, which become 0, 1, ... in this order.
+
+    Returns:
+        The examples that have such a label, in their order.
+
+    Raises:
+        UserError: A class has no examples.
+    """
+    matches = np.asarray(examples.labels)[:, None] == np.asarray(classes)
+    if not matches.any(axis=0).all():
+        raise UserError(f"no examples of class {classes[int(matches.any(axis=0).argmin())]}")
+    kept = np.flatnonzero(matches.any(axis=1))
+    return _rows_of(examples, kept)._replace(labels=matches[kept].argmax(axis=1).astype(np.int32))
+
+
+def few_shot(examples: Examples, per_class: int, seed: int) -> tuple[Examples, Examples]:
+    """Equally many examples of each class, and the rest.
+
+    Args:
+        examples: What they are taken from.
+        per_class: How many of each class.
+        seed: It draws them.
+
+    Returns:
+        Those drawn and those left, both in their order.
+
+    Raises:
+        UserError: A class has fewer.
+    """
+    rng, labels = np.random.default_rng([seed, 3]), np.asarray(examples.labels)
+    drawn = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        candidates = np.flatnonzero(labels == label)
+        if len(candidates) < per_class:
+            raise UserError(f"class {label} has {len(candidates)} examples, not {per_class}")
+        drawn[rng.choice(candidates, per_class, replace=False)] = True
+    return _rows_of(examples, np.flatnonzero(drawn)), _rows_of(examples, np.flatnonzero(~drawn))
+
+
+def part(examples: Examples, first: int, end: int | None = None) -> Examples:
+    """The examples from one number up to another, which is not among them.
+
+    Args:
+        examples: What they are taken from.
+        first: The first.
+        end: Behind the last; all the rest by default.
+    """
+    return jax.tree.map(lambda array: array[first:end], examples)
+
+
+def _rows_of(examples: Examples, indices: np.ndarray) -> Examples:
+    return jax.tree.map(lambda array: np.asarray(array)[indices], examples)
+
+
+def load_images(source: Path | str, num_train: int | None = None, num_test: int | None = None) -> ImageSet:
+    """Images from the Parquet files of a source, `train*.parquet` and `test*.parquet`.
 
     They have a column `img` (or `image`) with the bytes of PNG or JPEG files, or with structs of which these
     are the field `bytes`, and a column `label` of whole numbers. The schema's metadata may have
-    `class_names`, separated by commas. Grey images get one channel, others three.
+    `class_names`, separated by commas, or what the hub's files have. Grey images get one channel, others
+    three.
 
     Args:
-        folder: Where the files are.
+        source: A folder, or a data set of the Hugging Face hub: `hf://datasets/owner/name`, or a folder of
+            it. The files are there, in its folder `data`, or in the one other folder there that has some.
         num_train: How many images to take of the split train, from the first on; all by default.
         num_test: How many of the split test.
+
+    Returns:
+        The images, decoded.
 
     Raises:
         UserError: Something is missing or cannot be read: the folder, a split, a column, an image.
     """
-    if not folder.is_dir():
-        raise UserError(f"no folder {folder}")
-    train_files, test_files = (_split_files(folder, split) for split in ("train", "test"))
-    train, test = _read(train_files, num_train), _read(test_files, num_test)
+    files = _files(source)
+    train_files, test_files = _of_split(files, "train"), _test_files(files)
+    train, test = _images(train_files, num_train), _images(test_files, num_test)
     if train.inputs.shape[1:] != test.inputs.shape[1:]:
         shapes = (part.inputs.shape[1:] for part in (train, test))
-        raise UserError("{}: train has images of shape {}, test of {}".format(folder, *shapes))
+        raise UserError("{}: train has images of shape {}, test of {}".format(source, *shapes))
     return ImageSet(train, test, _class_names(train_files[0]))
 
 
-def _split_files(folder: Path, split: str) -> list[Path]:
-    for place in (folder, folder / "data"):
-        if files := sorted(place.glob(f"{split}*.parquet")):
-            return files
-    raise UserError(f"no {split}*.parquet in {folder} or {folder / 'data'}")
+def load_text(
+    source: Path | str,
+    num_train: int | None = None,
+    num_validation: int | None = None,
+    num_test: int | None = None,
+) -> TextSet:
+    """Texts from the Parquet files of a source; there may be `validation*.parquet` as well.
+
+    They have a column `sentence` (or `text`) of strings and a column `label` of whole numbers.
+
+    Args:
+        source: Where the files are, as for `load_images`.
+        num_train: How many texts to take of the split train, from the first on; all by default.
+        num_validation: How many of the split validation.
+        num_test: How many of the split test. With 0 its files, which may have no labels, are not read.
+
+    Returns:
+        The texts.
+
+    Raises:
+        UserError: Something is missing or cannot be read: the folder, a split, a column, a sentence.
+    """
+    files = _files(source)
+    train_files, validation_files = (_of_split(files, split) for split in ("train", "validation"))
+    test_files = [] if num_test == 0 else _test_files(files)
+    return TextSet(
+        _texts(train_files, num_train),
+        _texts(validation_files, num_validation) if validation_files else None,
+        _texts(test_files, num_test),
+        _class_names(train_files[0]),
+    )
 
 
-def _read(files: list[Path], number: int | None) -> Examples:
+class _File(NamedTuple):
+    """A Parquet file, and what to call it in a message."""
+
+    name: str
+    system: fsspec.AbstractFileSystem
+    path: str
+
+    @contextlib.contextmanager
+    def read(self) -> Iterator[pq.ParquetFile]:
+        with _readable(self.name), pq.ParquetFile(self.path, filesystem=self.system) as file:
+            yield file
+
+
+@contextlib.contextmanager
+def _readable(name: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # what a hub's client raises is not listed
+        raise UserError(f"cannot read {name}: {_first_line(error)}") from error
+
+
+def _files(source: Path | str) -> list[_File]:
+    """The Parquet files in the first place that has some of the split train."""
+    name = str(source).rstrip("/")
+    with _readable(name):
+        system, root = fsspec.url_to_fs(name)
+
+        def files(folder: str) -> list[_File]:
+            return [
+                _File(name + path.removeprefix(root), system, path) for path, _ in _entries(system, folder)
+            ]
+
+        try:
+            folders = [path for path, kind in _entries(system, root) if kind == "directory"]
+        except FileNotFoundError as error:
+            raise UserError(f"no folder {name}") from error
+        data = [path for path in folders if posixpath.basename(path) == "data"]
+        for places in ([root], data, folders):
+            found = [place for place in places if _of_split(files(place), "train")]
+            if len(found) > 1:
+                several = ", ".join(name + place.removeprefix(root) for place in found)
+                raise UserError(f"train*.parquet in several folders, name one of {several}")
+            if found:
+                return files(found[0])
+    raise UserError(f"no train*.parquet in {name}, its folder data or another one there")
+
+
+def _entries(system: fsspec.AbstractFileSystem, folder: str) -> list[tuple[str, str]]:
+    """What is in a folder, by name: paths, and whether each is a file or a directory."""
+    entries = ((entry["name"].rstrip("/"), entry["type"]) for entry in system.ls(folder, detail=True))
+    return sorted(entry for entry in entries if entry[0] != folder)
+
+
+def _of_split(files: list[_File], split: str) -> list[_File]:
+    return [file for file in files if fnmatch.fnmatch(posixpath.basename(file.path), f"{split}*.parquet")]
+
+
+def _test_files(files: list[_File]) -> list[_File]:
+    if chosen := _of_split(files, "test"):
+        return chosen
+    raise UserError(f"no test*.parquet in {posixpath.dirname(files[0].name)}")
+
+
+def _images(files: list[_File], number: int | None) -> Examples:
     """The first images of some files, decoded."""
     images: list[np.ndarray] = []
     labels: list[int] = []
-    rows = itertools.chain.from_iterable(_rows(path) for path in files)
-    for where, content, label in itertools.islice(rows, number):
+    for where, content, label in _labelled(files, ("img", "image"), number):
         image = _decode(where, content)
         if images and image.shape != images[0].shape:
             raise UserError(f"{where}: expected an image of shape {images[0].shape}, got {image.shape}")
-        if not isinstance(label, int) or label < 0:
-            raise UserError(f"{where}: expected a label of 0, 1, ..., got {label!r}")
         images.append(image)
         labels.append(label)
-    if not images:
-        raise UserError(f"{files[0]}: no rows")
     return Examples(np.stack(images), np.array(labels, np.int32))
 
 
-def _rows(path: Path) -> Iterator[tuple[str, Any, Any]]:
-    """Of each row what to call it in a message, the image and the label; no more is read than asked for."""
-    try:
-        with pq.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            image = "image" if "image" in names and "img" not in names else "img"
-            if missing := [name for name in (image, "label") if name not in names]:
-                raise UserError(f"{path}: no column {' and '.join(missing)}, only {', '.join(names)}")
-            number = itertools.count()
-            for batch in file.iter_batches(batch_size=1000, columns=[image, "label"]):
-                for row in batch.to_pylist():
-                    yield f"{path}, row {next(number)}", row[image], row["label"]
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"cannot read {path}: {_first_line(error)}") from error
+def _texts(files: list[_File], number: int | None) -> Examples:
+    """The first texts of some files."""
+    if number == 0:
+        return Examples([], np.zeros(0, np.int32))
+    texts: list[str] = []
+    labels: list[int] = []
+    for where, text, label in _labelled(files, ("sentence", "text"), number):
+        if not isinstance(text, str):
+            raise UserError(f"{where}: expected a string, got {type(text).__name__}")
+        texts.append(text)
+        labels.append(label)
+    return Examples(texts, np.array(labels, np.int32))
+
+
+def _labelled(
+    files: list[_File], columns: tuple[str, ...], number: int | None
+) -> Iterator[tuple[str, Any, int]]:
+    """Of each of the first rows what to call it in a message, its content and its label."""
+    rows = itertools.chain.from_iterable(_rows(file, columns) for file in files)
+    empty = True
+    for where, content, label in itertools.islice(rows, number):
+        if not isinstance(label, int) or label not in range(2**31):
+            hidden = " (the hub's SST-2 hides those of its split test)" if label == -1 else ""
+            raise UserError(f"{where}: expected a label of 0, 1, ..., got {label!r}{hidden}")
+        empty = False
+        yield where, content, label
+    if empty:
+        raise UserError(f"{files[0].name}: no rows")
+
+
+def _rows(file: _File, columns: tuple[str, ...]) -> Iterator[tuple[str, Any, Any]]:
+    """Of each row what to call it, the first of the columns that there is, and the label.
+
+    No more is read than asked for.
+    """
+    with file.read() as opened:
+        names = opened.schema_arrow.names
+        column = next((name for name in columns if name in names), columns[0])
+        if missing := [name for name in (column, "label") if name not in names]:
+            raise UserError(f"{file.name}: no column {' and '.join(missing)}, only {', '.join(names)}")
+        number = itertools.count()
+        for batch in opened.iter_batches(batch_size=1000, columns=[column, "label"]):
+            for row in batch.to_pylist():
+                yield f"{file.name}, row {next(number)}", row[column], row["label"]
+
+
+def _class_names(file: _File) -> tuple[str, ...]:
+    with file.read() as opened:
+        metadata = opened.schema_arrow.metadata or {}
+        if names := metadata.get(b"class_names", b"").decode():
+            return tuple(names.split(","))
+        features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    return tuple(features.get("label", {}).get("names", ()))
 
 
 def _decode(where: str, content: Any) -> np.ndarray:
@@ -183,8 +415,3 @@ def _decode(where: str, content: Any) -> np.ndarray:
 
 def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
-
-
-def _class_names(path: Path) -> tuple[str, ...]:
-    names = (pq.read_schema(path).metadata or {}).get(b"class_names", b"").decode()
-    return tuple(names.split(",")) if names else ()

@@ -5,19 +5,41 @@ import functools
 import json
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import jax
 from flax import nnx
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
-from benchmarks import checkpoints, data, measuring, methods, plots, report, table
+from benchmarks import arguments, checkpoints, data, measuring, methods, plots, report, table
 from benchmarks.methods import METHODS, Method
 from benchmarks.models import ConvNet
 
 # One jitted step: `step(state, key, batch) -> state`.
 Step = jax.stages.Wrapped
+
+MethodName = Literal["sgd", "sam", "wp-sgd", "nso"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Trains a small network on digits by each method at the same cost, and measures where that led.
+
+    Attributes:
+        methods: What to compare.
+        seeds: Trainings of each method.
+        steps: Steps of two gradient evaluations (sgd: twice as many of one).
+        wrong_labels: Share of the training labels made wrong.
+        out: Output folder.
+    """
+
+    methods: tuple[MethodName, ...] = get_args(MethodName)
+    seeds: arguments.Count = 5
+    steps: arguments.Count = 1200
+    wrong_labels: arguments.Share = 0.2
+    out: Path = Path("runs/demo")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +95,7 @@ def demo(settings: Settings) -> dict[str, str | bytes]:
         results = json.loads(text)
         files: dict[str, str | bytes] = {
             "results.json": text,
-            "table.md": table.markdown(results),
+            "table.md": table.markdown(table, results),
             "training.png": plots.training(results),
             "surface.png": plots.surface(results),
             **networks,

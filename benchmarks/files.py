@@ -6,6 +6,8 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+RESULTS = Path(__file__).parent / "results"
+
 
 class UserError(Exception):
     """A mistake that the command line answers with one line and no traceback."""

@@ -1,12 +1,12 @@
 """A low-rank matrix from few measurements: gradient descent fits them, weight noise finds the matrix."""
 
-import argparse
+import dataclasses
 import functools
 import math
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -63,24 +63,33 @@ class Problem(NamedTuple):
 HEADERS: tuple[str, ...] = ("method", "rate", "steps", *(FIGURES[key] for key in SHOWN), "seconds")
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of this benchmark."""
-    names = tuple(METHODS)
-    parser.add_argument("--methods", nargs="+", choices=names, default=names, help="what to compare")
-    parser.add_argument("--seeds", type=arguments.count, default=5, help="problems, each solved by all")
+MethodName = Literal["gd", "one-sided", "two-sided", "two-sided, slow"]
 
 
-def run(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Options(arguments.Output):
+    """Looks for a matrix of low rank by few measurements of it.
+
+    Attributes:
+        methods: What to compare.
+        seeds: Problems, each solved by all methods.
+    """
+
+    methods: tuple[MethodName, ...] = get_args(MethodName)
+    seeds: arguments.Count = 5
+
+
+def run(options: Options, progress: Progress) -> dict[str, Any]:
     """Solves all problems by all methods.
 
     Args:
-        options: `methods` and `seeds`.
+        options: The settings.
         progress: Where to show how far it is.
 
     Returns:
         All figures, ready for JSON.
     """
-    names = list(dict.fromkeys(options.methods))
+    names: list[str] = list(dict.fromkeys(options.methods))
     total = options.seeds * sum(METHODS[name].num_steps for name in names)
     task = progress.add_task("steps", total=total)
     runs = []
@@ -158,11 +167,6 @@ def caption(results: dict[str, Any]) -> str:
         "gd and one-sided take one in a step, two-sided two. Rate: the learning rate. "
         f"On {machine['cpu_count']} CPU cores ({machine['device']})."
     )
-
-
-def markdown(results: dict[str, Any]) -> str:
-    """The table and its caption as Markdown."""
-    return table.grid([HEADERS, *rows(results)]) + f"\n\n{caption(results)}\n"
 
 
 def plot(results: dict[str, Any]) -> bytes:

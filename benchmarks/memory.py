@@ -1,11 +1,11 @@
 """What memory the averaged gradient takes beyond the plain one, read from the compiled program."""
 
-import argparse
+import dataclasses
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from matplotlib.ticker import NullLocator, StrMethodFormatter
 from rich.progress import Progress
 
 import nso_jax
-from benchmarks import plots
+from benchmarks import arguments, plots
 from benchmarks.data import Examples
 from benchmarks.models import MLP, Transformer, pure_loss
 from nso_jax import noise
@@ -54,20 +54,28 @@ CASES = {
 }
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of this benchmark."""
-    cases = tuple(CASES)
-    parser.add_argument("--cases", nargs="+", choices=cases, default=cases, help="networks")
-    parser.add_argument(
-        "--samples", nargs="+", type=int, choices=SAMPLES, default=SAMPLES, help="numbers of draws, k"
-    )
+CaseName = Literal["mlp", "transformer"]
+NumSamples = Literal[1, 2, 4, 8, 16]
 
 
-def run(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Options(arguments.Output):
+    """Reads from compiled programs what memory the averaged gradient takes beyond a plain one.
+
+    Attributes:
+        cases: Networks.
+        samples: Numbers of draws, k.
+    """
+
+    cases: tuple[CaseName, ...] = get_args(CaseName)
+    samples: tuple[NumSamples, ...] = get_args(NumSamples)
+
+
+def run(options: Options, progress: Progress) -> dict[str, Any]:
     """Compiles gradients and reads what memory they take; none of them is run.
 
     Args:
-        options: `cases` and `samples`.
+        options: The settings.
         progress: Where to show how far it is.
 
     Returns:
@@ -139,7 +147,9 @@ def _chunks(num_samples: int) -> list[int]:
     return [1, num_samples] if 1 < num_samples <= MOST_AT_ONCE else [1]
 
 
-def _measure(case: Case, draws: list[tuple[str, int, int]], advance: Callable[[], None]) -> dict[str, Any]:
+def _measure(
+    case: Case, draws: Sequence[tuple[str, int, int]], advance: Callable[[], None]
+) -> dict[str, Any]:
     loss, params = pure_loss(case.model(rngs=nnx.Rngs(0)))
     arguments = (params, Examples(jnp.zeros(case.shape, case.dtype), jnp.zeros(case.shape[:1], jnp.int32)))
     param_bytes = sum(w.nbytes for w in jax.tree.leaves(params))

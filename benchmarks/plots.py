@@ -1,10 +1,12 @@
 """The demo's pictures, from its figures, as PNG."""
 
 import io
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import scipy.stats
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
@@ -12,11 +14,37 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 # Colours of Okabe and Ito, which colour-blind readers can tell apart; and a dash pattern for print.
 _STYLES = {
     "sgd": ("#000000", "-"),
+    "adam": ("#000000", "--"),
     "sam": ("#E69F00", "--"),
+    "asam": ("#D55E00", "-."),
     "wp-sgd": ("#CC79A7", "-."),
     "nso": ("#0072B2", "-"),
+    "nso-micro": ("#56B4E9", "-"),
+    "wp-micro": ("#009E73", "--"),
 }
-_ORDER = {"-": 2.0, "--": 2.1, "-.": 2.2}  # a line with gaps lets the one below be seen
+_OTHER = ("#999999", ":")
+_ORDER = {"-": 2.0, "--": 2.1, "-.": 2.2, ":": 2.3}  # a line with gaps lets the one below be seen
+FOLLOWED = (
+    "sgd",
+    "adam",
+    "sam",
+    "asam",
+    "nso",
+    "nso-micro",
+    "wp-micro",
+)  # over a training, where space is short
+
+
+def deviation(values: np.ndarray) -> np.ndarray:
+    """The standard deviation over the first axis; zero of a single value."""
+    return values.std(axis=0, ddof=min(1, len(values) - 1))
+
+
+def interval(values: np.ndarray) -> np.ndarray:
+    """Half the width of the mean's 95 % interval over the first axis, by Student's t; 0 of a single value."""
+    count = len(values)
+    quantile = scipy.stats.t.ppf(0.975, max(1, count - 1))
+    return quantile * deviation(values) / math.sqrt(count)
 
 
 def training(results: dict[str, Any]) -> bytes:
@@ -26,8 +54,8 @@ def training(results: dict[str, Any]) -> bytes:
     for name in results["settings"]["methods"]:
         curves = [run["curve"] for run in results["runs"] if run["method"] == name]
         x = [point["gradient_evaluations"] for point in curves[0]]
-        _band(accuracy, name, x, [[100 * point["test_accuracy"] for point in curve] for curve in curves])
-        _band(trace, name, x, [[point["trace"] for point in curve] for curve in curves], log=True)
+        band(accuracy, name, x, [[100 * point["test_accuracy"] for point in curve] for curve in curves])
+        band(trace, name, x, [[point["trace"] for point in curve] for curve in curves], log=True)
     accuracy.set(title="Test accuracy (%)", xlabel="gradient evaluations")
     trace.set(title="Trace of the Hessian of the training loss", xlabel="gradient evaluations", yscale="log")
     trace.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -49,19 +77,32 @@ def surface(results: dict[str, Any]) -> bytes:
     for panel, (direction, part, title, xlabel) in zip(panels, wanted, strict=True):
         for name in results["settings"]["methods"]:
             losses = [run["slices"][direction][part] for run in results["runs"] if run["method"] == name]
-            _band(panel, name, results["settings"]["slice_distances"][direction], losses)
+            band(panel, name, results["settings"]["slice_distances"][direction], losses)
         panel.set(title=title, xlabel=xlabel)
     panels[0].set(ylabel="cross-entropy", ylim=(0, None))
     return finish(figure, panels[0])
 
 
-def _band(axes: Axes, name: str, x: list[float], values: list[list[float]], *, log: bool = False) -> None:
+def colour(name: str) -> str:
+    """That of a method."""
+    return _STYLES.get(name, _OTHER)[0]
+
+
+def band(
+    axes: Axes,
+    name: str,
+    x: list[float],
+    values: list[list[float]],
+    *,
+    log: bool = False,
+    spread: Callable[[np.ndarray], np.ndarray] = deviation,
+) -> None:
     """The mean over the first axis of `values`, geometric for a logarithmic axis, and what is around it."""
     # An estimate from few products can be negative, where a logarithm has none.
     scaled = np.log(np.maximum(values, 1e-3)) if log else np.asarray(values)
-    mean, deviation = scaled.mean(axis=0), scaled.std(axis=0, ddof=min(1, len(values) - 1))
-    low, middle, high = (np.exp(y) if log else y for y in (mean - deviation, mean, mean + deviation))
-    colour, dashes = _STYLES[name]
+    mean, width = scaled.mean(axis=0), spread(scaled)
+    low, middle, high = (np.exp(y) if log else y for y in (mean - width, mean, mean + width))
+    colour, dashes = _STYLES.get(name, _OTHER)
     axes.plot(x, middle, color=colour, linestyle=dashes, linewidth=2, label=name, zorder=_ORDER[dashes])
     axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
 

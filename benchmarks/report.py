@@ -1,6 +1,5 @@
 """What every command reports: where it ran, how far it is, and its figures as JSON, a table and a picture."""
 
-import argparse
 import importlib.metadata
 import json
 import os
@@ -14,49 +13,43 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import nso_jax
-from benchmarks.table import rounded
-
-
-class Tabular(Protocol):
-    """A module that makes a table of its results, which have what `environment` gives among them."""
-
-    HEADERS: tuple[str, ...]
-
-    def rows(self, results: dict[str, Any], /) -> list[list[str]]:
-        """The table's cells."""
-
-    def caption(self, results: dict[str, Any], /) -> str:
-        """What the table shows, in a few sentences."""
+from benchmarks import table
+from benchmarks.table import Tabular
 
 
 class Benchmark(Tabular, Protocol):
     """A module that is a command."""
 
-    def run(self, options: argparse.Namespace, progress: Progress, /) -> dict[str, Any]:
+    def run(self, options: Any, progress: Progress, /) -> dict[str, Any]:
         """The figures, ready for JSON, among them the settings."""
 
     def plot(self, results: dict[str, Any], /) -> bytes:
         """The figures as a picture, PNG."""
 
 
-def measure(benchmark: Benchmark, name: str, options: argparse.Namespace) -> dict[str, str | bytes]:
+def measure(benchmark: Benchmark, name: str, options: Any) -> dict[str, str | bytes]:
     """Runs a benchmark, showing its progress and then its table.
 
     Args:
         benchmark: Its module.
-        name: What its files are called.
-        options: Those of the command line.
+        name: What its files are called, before the name of the data if the results have one.
+        options: The settings, of its `Options`.
 
     Returns:
         The content of each file to write.
     """
     console = Console()
     with progress(console) as shown:
-        text = json.dumps(rounded(environment() | benchmark.run(options, shown)), indent=1) + "\n"
+        text = table.to_json(environment() | benchmark.run(options, shown))
     # Read back, so that the table and the picture show exactly what the file says.
     results = json.loads(text)
     print_table(console, benchmark, results)
-    return {f"{name}.json": text, f"{name}.png": benchmark.plot(results)}
+    title = f"{name}-{results['name']}" if "name" in results else name
+    return {
+        f"{title}.json": text,
+        f"{title}.md": table.markdown(benchmark, results),
+        f"{title}.png": benchmark.plot(results),
+    }
 
 
 def environment() -> dict[str, Any]:
@@ -77,12 +70,12 @@ def progress(console: Console, unit: str = "measurements") -> Progress:
     return Progress(*columns, *left, console=console, transient=True, speed_estimate_period=300)
 
 
-def print_table(console: Console, table: Tabular, results: dict[str, Any]) -> None:
+def print_table(console: Console, tabular: Tabular, results: dict[str, Any]) -> None:
     """Shows the table of some results, and below it the caption."""
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for header in table.HEADERS:
+    for header in tabular.HEADERS:
         # One word a line: then the table fits into 80 columns.
         shown.add_column(header.replace(" ", "\n"), justify="right", no_wrap=True, vertical="bottom")
-    for row in table.rows(results):
+    for row in tabular.rows(results):
         shown.add_row(*row)
-    console.print(shown, table.caption(results), sep="\n", highlight=False)
+    console.print(shown, tabular.caption(results), sep="\n", highlight=False)

@@ -1,9 +1,9 @@
 """What the rivals and the penalties cost: gradient evaluations and memory, all measured side by side."""
 
-import argparse
+import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -71,18 +71,27 @@ CASES = {
 }
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of this benchmark."""
-    cases = tuple(CASES)
-    parser.add_argument("--cases", nargs="+", choices=cases, default=cases, help="networks")
-    parser.add_argument("--repetitions", type=arguments.count, default=25, help="measurements of each time")
+CaseName = Literal["convnet", "mlp"]
 
 
-def run(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Options(arguments.Output):
+    """Measures what SAM, its family and penalties cost, in gradients and memory.
+
+    Attributes:
+        cases: Networks.
+        repetitions: Measurements of each time.
+    """
+
+    cases: tuple[CaseName, ...] = get_args(CaseName)
+    repetitions: arguments.Count = 25
+
+
+def run(options: Options, progress: Progress) -> dict[str, Any]:
     """Times all gradients, in turns, and reads what memory the compiled programs take.
 
     Args:
-        options: `cases` and `repetitions`.
+        options: The settings.
         progress: Where to show how far it is.
 
     Returns:

@@ -1,6 +1,6 @@
 """Accuracy under attack, after plain training, with a penalty on the loss around each image, and by NSO."""
 
-import argparse
+import dataclasses
 import functools
 import itertools
 import operator
@@ -8,12 +8,13 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import tyro
 from flax import nnx
 from jax.tree_util import Partial
 from matplotlib.axes import Axes
@@ -21,7 +22,7 @@ from matplotlib.figure import Figure
 from rich.progress import Progress
 
 import nso_jax
-from benchmarks import arguments, attacks, augmentation, data, plots, table, timing
+from benchmarks import arguments, attacks, augmentation, data, plots, timing
 from benchmarks.augmentation import Augment
 from benchmarks.data import Examples
 from benchmarks.files import UserError
@@ -117,42 +118,49 @@ class Training(NamedTuple):
     num_steps: int
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of this benchmark."""
-    parser.add_argument(
-        "--data", nargs="+", type=Path, help="folders of Parquet files, instead of scikit-learn's digits"
-    )
-    parser.add_argument(
-        "--augment", choices=augmentation.NAMES, default="none", help="what is done to images to train on"
-    )
-    parser.add_argument(
-        "--equal", choices=("time", "steps"), default="time", help="what all trainings have the same of"
-    )
-    others = tuple(METHODS)[1:]
-    parser.add_argument(
-        "--methods", nargs="+", choices=others, default=DEFAULT_METHODS, help="beside plain training"
-    )
-    for option, default, what in (
-        ("seeds", 3, "trainings with each strength"),
-        ("budget", 8000, "plain steps that a training may take as long as, or --equal steps its steps"),
-        ("penalty-every", 1, "steps for which a penalty's gradient is used"),
-        ("train-images", 10_000, "images to train on"),
-        ("validation-images", 1000, "images to choose strengths by"),
-        ("test-images", 2000, "images to test and attack"),
-        ("pgd-steps", 20, "steps of an attack"),
-        ("starts", 2, "random starts of an attack"),
-    ):
-        parser.add_argument(f"--{option}", type=arguments.count, default=default, help=what)
-    parser.add_argument(
-        "--radius", type=arguments.share, default=0.1, help="how far an attack may move each pixel"
-    )
+MethodName = Literal["input-gradient", "input-hessian", "nso", "hessian-trace"]
 
 
-def run(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Options(arguments.Output):
+    """Attacks networks that were trained plainly, with a penalty on the loss around each image, or by NSO.
+
+    Attributes:
+        data: Folders of Parquet files, instead of scikit-learn's digits.
+        augment: What is done to images to train on.
+        equal: What all trainings have the same of.
+        methods: What to compare, beside plain training.
+        seeds: Trainings with each strength.
+        budget: Plain steps that a training may take as long as, or `--equal steps` its steps.
+        penalty_every: Steps for which a penalty's gradient is used.
+        train_images: Images to train on.
+        validation_images: Images to choose strengths by.
+        test_images: Images to test and attack.
+        pgd_steps: Steps of an attack.
+        starts: Random starts of an attack.
+        radius: How far an attack may move each pixel.
+    """
+
+    data: Annotated[tuple[Path, ...] | None, tyro.conf.arg(metavar="PATH [PATH ...]")] = None
+    augment: augmentation.Name = "none"
+    equal: Literal["time", "steps"] = "time"
+    methods: tuple[MethodName, ...] = ("input-gradient", "input-hessian", "nso")
+    seeds: arguments.Count = 3
+    budget: arguments.Count = 8000
+    penalty_every: arguments.Count = 1
+    train_images: arguments.Count = 10_000
+    validation_images: arguments.Count = 1000
+    test_images: arguments.Count = 2000
+    pgd_steps: arguments.Count = 20
+    starts: arguments.Count = 2
+    radius: arguments.Share = 0.1
+
+
+def run(options: Options, progress: Progress) -> dict[str, Any]:
     """Trains with every method, strength and seed, and attacks the networks.
 
     Args:
-        options: As `add_options` has them.
+        options: The settings.
         progress: Where to show how far it is.
 
     Returns:
@@ -227,11 +235,6 @@ def caption(results: dict[str, Any]) -> str:
         f"{_claims(results)}Time: to train one seed, without compiling, on {machine['cpu_count']} CPU cores "
         f"({machine['device']})."
     )
-
-
-def markdown(results: dict[str, Any]) -> str:
-    """The table and its caption as Markdown."""
-    return table.grid([HEADERS, *rows(results)]) + f"\n\n{caption(results)}\n"
 
 
 def plot(results: dict[str, Any]) -> bytes:
@@ -322,7 +325,7 @@ def _means(runs: list[dict[str, Any]], part: str) -> tuple[float, float]:
     return clean, pgd
 
 
-def _problems(options: argparse.Namespace) -> list[Problem]:
+def _problems(options: Options) -> list[Problem]:
     if options.data is None:
         digits = data.digits(0, min(options.train_images, DIGITS_TRAIN))
         sizes = {"validation": options.validation_images, "test": options.test_images}
@@ -334,7 +337,7 @@ def _problems(options: argparse.Namespace) -> list[Problem]:
     return [_problem(name, folder, options) for name, folder in zip(names, options.data, strict=True)]
 
 
-def _problem(name: str, folder: Path, options: argparse.Namespace) -> Problem:
+def _problem(name: str, folder: Path, options: Options) -> Problem:
     """The images of a folder. If there are fewer than asked for, most of them are for training."""
     wanted = options.train_images + options.validation_images
     train, test, class_names = data.load_images(folder, wanted, options.test_images)
@@ -385,7 +388,7 @@ def _network_for(problem: Problem) -> Network:
     return _network(tuple(shape), problem.num_classes)
 
 
-def _training_of(name: str, network: Network, options: argparse.Namespace) -> Training:
+def _training_of(name: str, network: Network, options: Options) -> Training:
     method, every = METHODS[name], options.penalty_every
     num_steps = method.num_steps(options.budget, every) if options.equal == "time" else options.budget
     return _training(method, network, num_steps, every)
@@ -418,7 +421,7 @@ def _training(method: Method, network: Network, num_steps: int, penalty_every: i
 
 
 def _costs(
-    problem: Problem, names: list[str], options: argparse.Namespace, progress: Progress
+    problem: Problem, names: list[str], options: Options, progress: Progress
 ) -> dict[str, dict[str, float]]:
     """Of each method the time of a step over a plain one's, as measured here and now."""
     network, batch = _network_for(problem), next(data.batches(problem.train, BATCH_SIZE, seed=0))
@@ -441,7 +444,7 @@ def _costs(
 
 
 def _train_and_attack(
-    problem: Problem, name: str, strength: float, seed: int, options: argparse.Namespace
+    problem: Problem, name: str, strength: float, seed: int, options: Options
 ) -> dict[str, Any]:
     network = _network_for(problem)
     training = _training_of(name, network, options)
@@ -491,7 +494,7 @@ def _accuracies(
     network: Network,
     params: nnx.State,
     examples: Examples,
-    options: argparse.Namespace,
+    options: Options,
     wanted: tuple[str, ...],
 ) -> dict[str, float]:
     loss, margin = Partial(network.losses, params), Partial(network.margins, params)
@@ -523,7 +526,7 @@ def _by_strength(runs: list[dict[str, Any]], method: str) -> dict[float, list[di
     }
 
 
-def _settings(options: argparse.Namespace, problems: list[Problem], names: list[str]) -> dict[str, Any]:
+def _settings(options: Options, problems: list[Problem], names: list[str]) -> dict[str, Any]:
     """What somebody needs to know to repeat the run."""
     wanted = ("seeds", "equal", "budget", "penalty_every", "augment", "radius", "pgd_steps", "starts")
     methods = {
@@ -674,7 +677,6 @@ METHODS = {
     "nso": Method((0.04, 0.08, 0.1, 0.12, 0.16), 2.0, _nso),
     "hessian-trace": Method((1e-4, 1e-3, 3e-3, 1e-2), 3.0, _plain, _hessian_trace),
 }
-DEFAULT_METHODS = ("input-gradient", "input-hessian", "nso")
 # Colours of Okabe and Ito.
 STYLES = {
     "plain": ("#000000", "*"),

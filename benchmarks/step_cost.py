@@ -1,9 +1,9 @@
 """How long a whole training step takes: plain, by SAM and by NSO; in JAX and in PyTorch."""
 
-import argparse
+import dataclasses
 import functools
 import importlib.metadata
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -46,22 +46,27 @@ RATIOS = SHOWN | {
 HEADERS: tuple[str, ...] = ("case", "plain step (ms)", *SHOWN)
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of this benchmark."""
-    cases = (*steps.CASES, NOISE)
-    parser.add_argument("--cases", nargs="+", choices=cases, default=cases, help="what to time")
-    parser.add_argument(
-        "--repetitions",
-        type=arguments.count,
-        help="measurements of each time, instead of 25, or 15 of the Transformer",
-    )
+CaseName = Literal["convnet", "mlp-64", "mlp-512", "transformer", "noise"]
 
 
-def run(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Options(arguments.Output):
+    """Times whole training steps: plain, by SAM and by NSO; in JAX and in PyTorch.
+
+    Attributes:
+        cases: What to time.
+        repetitions: Measurements of each time, instead of 25, or 15 of the Transformer.
+    """
+
+    cases: tuple[CaseName, ...] = get_args(CaseName)
+    repetitions: arguments.OwnCount = None
+
+
+def run(options: Options, progress: Progress) -> dict[str, Any]:
     """Times all steps.
 
     Args:
-        options: `cases`, and `repetitions` or None.
+        options: The settings.
         progress: Where to show how far it is.
 
     Returns:

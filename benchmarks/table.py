@@ -4,9 +4,22 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from benchmarks.files import UserError
+
+
+class Tabular(Protocol):
+    """A module that makes a table of its results, which have what `environment` gives among them."""
+
+    HEADERS: tuple[str, ...]
+
+    def rows(self, results: dict[str, Any], /) -> list[list[str]]:
+        """The table's cells."""
+
+    def caption(self, results: dict[str, Any], /) -> str:
+        """What the table shows, in a few sentences."""
+
 
 HEADERS: tuple[str, ...] = (
     "method",
@@ -42,9 +55,10 @@ def caption(results: dict[str, Any]) -> str:
     )
 
 
-def markdown(results: dict[str, Any]) -> str:
-    """The table and its caption as Markdown."""
-    return grid([HEADERS, *rows(results)]) + f"\n\n{caption(results)}\n"
+def markdown(tabular: Tabular, results: dict[str, Any]) -> str:
+    """A table and its caption as Markdown."""
+    lines = [tabular.HEADERS, *tabular.rows(results)]
+    return f"{grid(lines)}\n\n{tabular.caption(results)}\n"
 
 
 def grid(lines: Sequence[Sequence[str]], texts: Sequence[int] = (0,)) -> str:
@@ -79,10 +93,15 @@ def replace_in(readme: str, name: str, text: str) -> str:
 
 
 def to_json(results: dict[str, Any]) -> str:
-    """The figures as JSON, one line for each training."""
-    head = {key: value for key, value in results.items() if key != "runs"}
-    runs = ",\n".join(json.dumps(rounded(run)) for run in results["runs"])
-    return f'{json.dumps(head, indent=1)[:-2]},\n "runs": [\n{runs}\n ]\n}}\n'
+    """The figures as JSON, one line for each item of a list of records."""
+    items = [f" {json.dumps(key)}: {_lines(value)}" for key, value in rounded(results).items()]
+    return "{\n" + ",\n".join(items) + "\n}\n"
+
+
+def _lines(value: Any) -> str:
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return "[\n" + ",\n".join(json.dumps(item) for item in value) + "\n ]"
+    return json.dumps(value)
 
 
 def _row(name: str, runs: list[dict[str, Any]]) -> list[str]:
@@ -103,13 +122,16 @@ def _row(name: str, runs: list[dict[str, Any]]) -> list[str]:
 
 
 def _spread(values: list[float], digits: int = 3) -> str:
-    """Mean ± standard deviation: two significant digits of the deviation, at most `digits` of the mean."""
-    mean = statistics.mean(values)
-    if len(values) == 1:
+    """Mean ± standard deviation."""
+    return with_error(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None, digits)
+
+
+def with_error(mean: float, error: float | None, digits: int = 3) -> str:
+    """A mean ± its error, if any: two significant digits of the error, at most `digits` of the mean."""
+    if error is None:
         return number(mean, digits)
-    deviation = statistics.stdev(values)
-    decimals = min(_decimals(mean, digits), _decimals(deviation, digits=2))
-    return f"{mean:.{decimals}f} ± {deviation:.{decimals}f}"
+    decimals = min(_decimals(mean, digits), _decimals(error, digits=2))
+    return f"{mean:.{decimals}f} ± {error:.{decimals}f}"
 
 
 def number(value: float, digits: int = 3) -> str:

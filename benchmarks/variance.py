@@ -1,12 +1,12 @@
 """Fresh noise for each part of a batch: what it does to the gradient's variance, and what that is worth."""
 
-import argparse
+import dataclasses
 import functools
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,6 @@ from rich.progress import Progress
 import nso_jax
 from benchmarks import arguments, data, measuring, models, plots
 from benchmarks.data import Examples, Split
-from benchmarks.files import UserError
 from benchmarks.measuring import Gauge, Network
 from nso_jax import noise, parallel, sharpness
 from nso_jax.noise import Sigma
@@ -120,41 +119,37 @@ TASKS = {
     "20 % wrong": Task(400, 0.2, learning_rate=0.1, weight_decay={"sgd": 2e-2, "sam": 5e-3, "nso": 5e-3}),
 }
 RHOS = (0.1, 0.2, 0.35, 0.5, 0.7)
-MICROBATCHES = (1, 4, 16)
+Microbatches = Literal[1, 4, 16]
 SCALES = (0.5, 0.65, 0.8, 1.0)
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `run`."""
-    parser.add_argument(
-        "--draws", type=arguments.count, default=400, help="gradients that a variance is estimated from"
-    )
-    parser.add_argument("--seeds", type=arguments.count, default=5, help="trainings of each kind")
-    parser.add_argument(
-        "--steps", type=arguments.count, default=600, help="steps of two gradients (sgd: twice as many)"
-    )
-    parser.add_argument(
-        "--microbatches",
-        nargs="+",
-        type=int,
-        choices=MICROBATCHES,
-        default=MICROBATCHES,
-        help="numbers of parts to train with",
-    )
+@dataclasses.dataclass(frozen=True)
+class Options(arguments.Output):
+    """Measures the variance of the averaged gradient, and trains with fresh noise for parts of a batch.
+
+    Attributes:
+        draws: Gradients that a variance is estimated from.
+        seeds: Trainings of each kind.
+        steps: Steps of two gradients (sgd: twice as many of one).
+        microbatches: Numbers of parts to train with.
+    """
+
+    draws: Annotated[int, arguments.at_least(2)] = 400
+    seeds: arguments.Count = 5
+    steps: arguments.Count = 600
+    microbatches: tuple[Microbatches, ...] = get_args(Microbatches)
 
 
-def run(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
+def run(options: Options, progress: Progress) -> dict[str, Any]:
     """Measures the variance of the gradient's estimate, and trains with estimates that differ in it.
 
     Args:
-        options: `draws`, `seeds`, `steps` and `microbatches`.
+        options: The settings.
         progress: Where to show how far it is.
 
     Returns:
         All figures, ready for JSON.
     """
-    if options.draws < 2:
-        raise UserError("argument --draws: the variance of a single draw is not defined")
     methods = _methods(options.microbatches)
     trainings = len(TASKS) * options.seeds * sum(len(method.strengths) for method in methods.values())
     shown = progress.add_task("variance", total=2 * len(CASES) * len(PARTS) + trainings)
@@ -329,7 +324,7 @@ def _warmed_up(loss: Loss, params: nnx.State, examples: Examples) -> nnx.State:
     return params
 
 
-def _methods(microbatches: list[int]) -> dict[tuple[str, int], Method]:
+def _methods(microbatches: Sequence[int]) -> dict[tuple[str, int], Method]:
     """The methods by name and number of microbatches, which is 0 without noise."""
     loss, _ = models.pure_loss(_trained_model(seed=0))
     averaged = {("nso", count): Method(_nso(loss, count), SCALES) for count in dict.fromkeys(microbatches)}

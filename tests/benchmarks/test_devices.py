@@ -1,13 +1,13 @@
 """What the benchmarks on several devices measure, with tiny settings: the figures that are exact are tested."""
 
-import argparse
 import json
 
 import jax
 import pytest
+import tyro
 from rich.progress import Progress
 
-from benchmarks import communication, files, variance
+from benchmarks import communication, variance
 
 COMPILED = """
   %all-reduce.1 = (f32[], bf16[2,3]{1,0}, /*index=2*/pred[8]{0}) all-reduce(%a, %b, %c), replica_groups={}
@@ -22,7 +22,7 @@ def sent():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(communication, "WIDTHS", (64, 32, 10))
         patch.setattr(communication, "NUM_MICROBATCHES", 2)
-        return _run(communication, ["--samples", "2"])
+        return _run(communication, samples=(2,))
 
 
 @pytest.fixture(scope="module")
@@ -37,17 +37,14 @@ def varied():
         patch.setattr(variance, "RHOS", (0.1,))
         patch.setattr(variance, "SCALES", (0.1, 100.0))
         patch.setattr(variance, "NUM_PRODUCTS", 4)
-        options = ["--draws", "200", "--seeds", "2", "--steps", "10", "--microbatches", "1"]
-        return _run(variance, options)
+        return _run(variance, draws=200, seeds=2, steps=10, microbatches=(1,))
 
 
-def _run(module, arguments):
-    parser = argparse.ArgumentParser()
-    module.add_options(parser)
+def _run(module, **options):
     # The fixture that makes JAX strict comes after those of a module.
     strict = jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise")
     with strict[0], strict[1], Progress(disable=True) as progress:
-        results = module.run(parser.parse_args(arguments), progress)
+        results = module.run(module.Options(**options), progress)
         assert progress.finished
     return json.loads(json.dumps(results, allow_nan=False))
 
@@ -103,9 +100,10 @@ def test_the_strength_with_the_best_validation_accuracy_is_chosen(varied):
         assert len(row["test_accuracy"]) == len(row["validation_accuracy"]) == 2
 
 
-def test_a_single_draw_is_refused():
-    with pytest.raises(files.UserError, match="--draws"):
-        _run(variance, ["--draws", "1"])
+def test_a_single_draw_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        tyro.cli(variance.Options, args=["--draws", "1"])
+    assert "at least 2, got '1'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("module", "figures"), [(communication, "sent"), (variance, "varied")])

@@ -23,7 +23,7 @@ def small(monkeypatch):
 
 @pytest.mark.slow
 def test_every_rival_is_timed_and_weighed(tmp_path, capsys):
-    assert cli.main(["rivals", "--repetitions", "2", "--out", str(tmp_path)]) == 0
+    assert cli.main(["rivals", "--cases", "mlp", "--repetitions", "2", "--out", str(tmp_path)]) == 0
     assert (tmp_path / "rivals.png").read_bytes().startswith(b"\x89PNG")
     results = json.loads((tmp_path / "rivals.json").read_text())
     case = results["cases"]["mlp"]

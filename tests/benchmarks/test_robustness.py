@@ -1,6 +1,5 @@
 """`python -m benchmarks robustness` on digits and on small Parquet files; the attacks and the loader it uses."""
 
-import argparse
 import functools
 import io
 import json
@@ -511,7 +510,7 @@ def test_folders_are_divided_and_trained_on(few_strengths, folder, tmp_path, cap
 )
 def test_small_data_sets_are_mostly_for_training(total, train, validation, expected, folder):
     write_split(folder / "train.parquet", [GOOD] * total, [0] * total)
-    options = argparse.Namespace(train_images=train, validation_images=validation, test_images=3)
+    options = robustness.Options(train_images=train, validation_images=validation, test_images=3)
     problem = robustness._problem("x", folder, options)
     assert (len(problem.train.labels), len(problem.validation.labels)) == expected
     assert len(problem.test.labels) == 3
@@ -522,6 +521,7 @@ def test_small_data_sets_are_mostly_for_training(total, train, validation, expec
     ("arguments", "message"),
     [
         (["--data", "{folder}/nowhere"], "no folder {folder}/nowhere"),
+        (["--data"], "argument --data: expected at least one value"),
         (["--data", "{folder}", "{folder}"], "argument --data: expected folders of different names"),
         (["--data", "{folder}"], "7 images to train on, fewer than a batch"),
         (["--train-images", "20"], "digits: 20 images to train on, fewer than a batch"),

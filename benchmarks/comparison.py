@@ -1,0 +1,466 @@
+"""Methods side by side on one task: tuned alike, trained from several seeds, and their curvature measured."""
+
+import collections
+import dataclasses
+import functools
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import jax
+import numpy as np
+from flax import nnx
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.progress import Progress
+
+from benchmarks import arguments, data, measuring, plots, table, training
+from benchmarks.data import Examples
+from benchmarks.journal import Journal
+from benchmarks.measuring import Gauge
+from benchmarks.training import Settings, Task, Trained
+from benchmarks.ways import METHODS, Method, Name
+from nso_jax import curvature
+
+TUNING_SEED = 100  # and those after it; they draw other examples than the seeds of the results
+CHUNK = 250  # examples evaluated at once
+FAMILY = ("sam", "asam", "usam", "rsam")  # the rivals of the paper's claims
+FOR_ACCURACY = ("nso-micro", "wp-micro")  # the variants that are to reach the rivals' accuracy
+
+
+class Split(NamedTuple):
+    """The examples of a seed: to train on, to choose by, and to report."""
+
+    train: Examples
+    validation: Examples
+    test: Examples
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Problem:
+    """What is to be learnt, and on which examples.
+
+    Attributes:
+        name: What it is called.
+        task: The training.
+        split: `split(seed)`.
+        strengths: What is tried of the methods' strengths, where it is not what `METHODS` says.
+    """
+
+    name: str
+    task: Task
+    split: Callable[[int], Split]
+    strengths: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
+
+    def methods(self, names: Sequence[str]) -> dict[str, Method]:
+        """The methods of these names, plain training first."""
+        made = {
+            name: METHODS[name]._replace(strengths=self.strengths.get(name, METHODS[name].strengths))
+            for name in sorted(dict.fromkeys(names), key=list(METHODS).index)
+        }
+        return dict(sorted(made.items(), key=lambda item: item[1].optimizer is not self.task.optimizer))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(arguments.Output):
+    """How methods are compared.
+
+    Attributes:
+        methods: What to compare.
+        gradients: Gradient evaluations of a training, whatever the method.
+        batch_size: Examples in a batch.
+        rates: Learning rates to try with each of a method's strengths.
+        weight_decays: Weight decays to try where a method has no strength; plain SGD's or Adam's is for all.
+        seeds: Trainings of each method for the results.
+        tuning_seeds: Trainings of each method with each strength and rate that is tried.
+        points: How often to measure in a training.
+        point_products: Hessian-vector products for a trace on the way.
+        final_products: The most of them for a trace at the end.
+        rtol: Its standard error, over the trace, that is small enough.
+        work: Folder for what a run leaves as it goes: figures and checkpoints.
+        resume: Go on with the run in that folder, from where it was stopped.
+    """
+
+    methods: tuple[Name, ...] = get_args(Name)
+    gradients: arguments.Count = 480
+    batch_size: arguments.Count = 48
+    rates: tuple[float, ...] = (0.02, 0.05)
+    weight_decays: tuple[float, ...] = (0.0, 5e-4, 5e-3)
+    seeds: arguments.Count = 5
+    tuning_seeds: arguments.Count = 2
+    points: arguments.Count = 8
+    point_products: arguments.Count = 10
+    final_products: arguments.Count = 60
+    rtol: float = 0.02
+    work: Path = Path("runs/work")
+    resume: bool = False
+
+    def settings(self) -> dict[str, Any]:
+        """What somebody needs to know to repeat the run, ready for JSON."""
+        elsewhere = {"out", "work", "resume"}
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in elsewhere}
+
+
+class Knobs(NamedTuple):
+    """What is tuned."""
+
+    strength: float
+    rate: float
+    weight_decay: float
+
+    def settings(self, gradients: int, seed: int, num_points: int = 1) -> Settings:
+        """Those of a training with them."""
+        return Settings(
+            gradients, self.rate, self.weight_decay, self.strength, seed=seed, num_points=num_points
+        )
+
+
+def compare(problem: Problem, options: Options, journal: Journal, progress: Progress) -> dict[str, Any]:
+    """Tunes the methods on the validation examples, and then trains and measures them.
+
+    Args:
+        problem: What to learn.
+        options: By which methods, how often and how long.
+        journal: What was done before is taken from it.
+        progress: Where to show how far it is.
+
+    Returns:
+        The figures, ready for JSON: `tuning`, `chosen` and `runs`.
+    """
+    methods = problem.methods(options.methods)
+    number = sum(len(grid(method, options)) for method in methods.values()) * options.tuning_seeds
+    total = (number + options.seeds * len(methods)) * options.gradients
+    advance = functools.partial(progress.advance, progress.add_task(problem.name, total=total))
+    gauge = measuring.gauge(measuring.split_network(problem.task.model(0))[0])
+
+    def figures(name: str, knobs: Knobs, seed: int, *, tuned: bool) -> dict[str, Any]:
+        title = f"{name} {knobs.strength:g}, rate {knobs.rate:g}, decay {knobs.weight_decay:g}, seed {seed}"
+        settings = knobs.settings(options.gradients, seed, options.points if tuned else 1)
+        train = train_and_measure if tuned else train_and_validate
+        compute = functools.partial(
+            train, problem, methods[name], settings, options, gauge=gauge, journal=journal, advance=advance
+        )
+        measured = recorded(title, compute, journal, progress, functools.partial(advance, options.gradients))
+        return {"method": name, **knobs._asdict(), "seed": seed, **measured}
+
+    tuning: list[dict[str, Any]] = []
+    chosen: dict[str, Knobs] = {}
+    seeds = range(TUNING_SEED, TUNING_SEED + options.tuning_seeds)
+    for name, method in methods.items():
+        plain = next(iter(chosen.values()), None)
+        tried = itertools.product(grid(method, options, plain and plain.weight_decay), seeds)
+        runs = [figures(name, knobs, seed, tuned=False) for knobs, seed in tried]
+        tuning += runs
+        chosen[name] = choose(runs)
+    runs = [
+        figures(name, knobs, seed, tuned=True)
+        for (name, knobs), seed in itertools.product(chosen.items(), range(options.seeds))
+    ]
+    assert len({run["evaluations"] for run in runs}) == 1, "methods differ in gradient evaluations"  # noqa: S101
+    sizes = {part: len(examples.labels) for part, examples in problem.split(0)._asdict().items()}
+    return {
+        "name": problem.name,
+        "settings": options.settings(),
+        "data": {"name": problem.name, **sizes},
+        "chosen": {
+            name: {"gradients_per_step": methods[name].gradients_per_step, **knobs._asdict()}
+            for name, knobs in chosen.items()
+        },
+        "tuning": tuning,
+        "runs": runs,
+    }
+
+
+def grid(method: Method, options: Options, weight_decay: float | None = None) -> list[Knobs]:
+    """What is tried: strengths and learning rates, or weight decays and these where there is one strength.
+
+    Args:
+        method: The method.
+        options: Those of the comparison.
+        weight_decay: That of methods with strengths; by default the first one.
+    """
+    if len(method.strengths) == 1:
+        return [
+            Knobs(method.strengths[0], *knobs)
+            for knobs in itertools.product(options.rates, options.weight_decays)
+        ]
+    decay = options.weight_decays[0] if weight_decay is None else weight_decay
+    return [Knobs(*knobs, decay) for knobs in itertools.product(method.strengths, options.rates)]
+
+
+def choose(tuning: list[dict[str, Any]]) -> Knobs:
+    """The knobs of the best mean validation accuracy; of equal ones those of the least validation loss."""
+    by_knobs: dict[Knobs, list[dict[str, Any]]] = {}
+    for run in tuning:
+        by_knobs.setdefault(Knobs(*(run[name] for name in Knobs._fields)), []).append(run)
+
+    def merit(knobs: Knobs) -> tuple[float, float]:
+        accuracy, loss = (
+            statistics.mean(run[what] for run in by_knobs[knobs])
+            for what in ("validation_accuracy", "validation_loss")
+        )
+        return accuracy, -loss
+
+    return max(by_knobs, key=merit)
+
+
+def recorded(
+    title: str,
+    compute: Callable[[], dict[str, Any]],
+    journal: Journal,
+    progress: Progress,
+    skip: Callable[[], None],
+) -> dict[str, Any]:
+    """The figures of a training, from the journal if it was done before, else told when it is.
+
+    Args:
+        title: The training's name.
+        compute: Does it.
+        journal: What was done before.
+        progress: Where to tell.
+        skip: Called if it was done before.
+    """
+    if journal.done(title):
+        skip()
+        return journal.once(title, compute)
+    figures = journal.once(title, compute)
+    progress.console.print(f"{title}: {_told(figures)}", highlight=False, soft_wrap=True)
+    return figures
+
+
+def train_and_validate(
+    problem: Problem,
+    method: Method,
+    settings: Settings,
+    _: Options,
+    *,
+    gauge: Gauge,
+    **keywords: Any,
+) -> dict[str, Any]:
+    """Trains once and evaluates on the validation examples alone, by which settings are chosen."""
+    trained = training.train(problem.task, method, settings, **keywords)
+    return _figures(trained, gauge, problem.split(settings.seed))
+
+
+def train_and_measure(
+    problem: Problem,
+    method: Method,
+    settings: Settings,
+    options: Options,
+    *,
+    gauge: Gauge,
+    **keywords: Any,
+) -> dict[str, Any]:
+    """Trains once, and measures all that is reported, on the way too."""
+    split = problem.split(settings.seed)
+
+    def measure(model: nnx.Module) -> dict[str, float]:
+        return measure_point(gauge, model, split, options.point_products)
+
+    trained = training.train(problem.task, method, settings, measure=measure, **keywords)
+    figures = _figures(trained, gauge, split)
+    return figures | measure_end(gauge, trained.model, split, options) | {"curve": trained.curve}
+
+
+def _figures(trained: Trained, gauge: Gauge, split: Split) -> dict[str, Any]:
+    return {
+        "evaluations": trained.curve[-1]["evaluations"],
+        "seconds": trained.seconds,
+        **_evaluated(gauge, trained.model, split.validation, "validation"),
+    }
+
+
+def measure_point(gauge: Gauge, model: nnx.Module, split: Split, num_products: int) -> dict[str, float]:
+    """The figures followed over training."""
+    trace = _trace(gauge, model, split.train, num_products=num_products)
+    return {
+        **_evaluated(gauge, model, split.train, "train"),
+        **_evaluated(gauge, model, split.test, "test"),
+        "trace": trace.value,
+    }
+
+
+def measure_end(gauge: Gauge, model: nnx.Module, split: Split, options: Options) -> dict[str, float]:
+    """The figures at the end, with the largest eigenvalue of the training loss's Hessian."""
+    trace = _trace(gauge, model, split.train, num_products=options.final_products, rtol=options.rtol)
+    params, batches = _batches(model, split.train)
+    pairs = curvature.eigenvalues(jax.random.key(0), gauge.loss, params, batches, k=1, tol=1e-3)
+    return {
+        **_evaluated(gauge, model, split.train, "train"),
+        **_evaluated(gauge, model, split.test, "test"),
+        "trace": trace.value,
+        "trace_standard_error": trace.standard_error,
+        "largest_eigenvalue": float(pairs.values[0]),
+    }
+
+
+def accuracy(model: nnx.Module, examples: Examples) -> float:
+    """The share of the examples that a model gets right."""
+    gauge = measuring.gauge(measuring.split_network(model)[0])
+    return _evaluated(gauge, model, examples, "")["_accuracy"]
+
+
+def _trace(gauge: Gauge, model: nnx.Module, examples: Examples, **options: Any) -> curvature.Estimate:
+    # The same probes for all networks, so that differences between them are less noisy than each.
+    return curvature.trace(jax.random.key(0), gauge.loss, *_batches(model, examples), **options)
+
+
+def _evaluated(gauge: Gauge, model: nnx.Module, examples: Examples, part: str) -> dict[str, float]:
+    params, batches = _batches(model, examples)
+    sizes = [len(batch.labels) for batch, _ in batches]
+
+    def mean(fun: Callable[..., jax.Array]) -> float:
+        return float(np.average([fun(params, batch) for batch in batches], weights=sizes))
+
+    return {f"{part}_accuracy": mean(gauge.accuracy), f"{part}_loss": mean(gauge.loss)}
+
+
+def _batches(model: nnx.Module, examples: Examples) -> tuple[nnx.State, list[tuple[Examples, nnx.State]]]:
+    """The weights, and the examples in parts, each with the rest of the model's state."""
+    params, rest = measuring.split_network(model)[1]
+    starts = range(0, len(examples.labels), CHUNK)
+    return params, [(data.part(examples, first, first + CHUNK), rest) for first in starts]
+
+
+def _told(figures: dict[str, Any]) -> str:
+    text = f"validation {100 * figures['validation_accuracy']:.1f} %"
+    if "trace" in figures:
+        text += (
+            f", test {100 * figures['test_accuracy']:.1f} %, trace {figures['trace']:.3g}, "
+            f"eigenvalue {figures['largest_eigenvalue']:.3g}"
+        )
+    return f"{text}, {figures['seconds']:.1f} s"
+
+
+HEADERS: tuple[str, ...] = (
+    "method",
+    "strength",
+    "rate",
+    "test accuracy (%)",
+    "Hessian trace",
+    "largest eigenvalue",
+    "gradients a step",
+    "seconds",
+)
+
+
+def rows(results: dict[str, Any]) -> list[list[str]]:
+    """One row for each method, with means and 95 % intervals over the seeds."""
+    return [_row(name, results) for name in results["chosen"]]
+
+
+def caption(results: dict[str, Any]) -> str:
+    """What the table shows, in a few sentences."""
+    settings, sizes, machine = results["settings"], results["data"], results["machine"]
+    tried = collections.Counter(run["method"] for run in results["tuning"])
+    fewest, most = (count // settings["tuning_seeds"] for count in (min(tried.values()), max(tried.values())))
+    return (
+        f"Mean ± 95 % interval over {settings['seeds']} seeds: of the {sizes['train']} examples to train on, "
+        "their order, the weights that are not pretrained, and the noise. "
+        f"{sizes['test']:,} examples to test on. Every method takes {settings['gradients']} gradient "
+        f"evaluations on {settings['batch_size']} examples each. Strength and rate: the best on "
+        f"{sizes['validation']} validation examples, a mean over {settings['tuning_seeds']} other seeds, of "
+        f"{fewest} to {most} pairs for each method. Trace and eigenvalue: of the Hessian of the loss over "
+        f"all training examples, at the end. {claims(results)} Seconds: to train one seed, without "
+        f"compiling and measuring, on {machine['cpu_count']} CPU cores ({machine['device']})."
+    )
+
+
+def claims(results: dict[str, Any]) -> str:
+    """What the run says about the paper's claims and ours, in a few sentences."""
+    family = [name for name in FAMILY if name in results["chosen"]]
+    ours = [name for name in results["chosen"] if METHODS[name].is_noise]
+    if not family or not ours:
+        return ""
+    told = []
+    for figure, what in (("trace", "Hessian trace"), ("largest_eigenvalue", "largest eigenvalue")):
+        rival = min(family, key=lambda name: statistics.mean(_column(results, name, figure)))
+        lower = ", ".join(f"{name} {_lower(results, name, rival, figure)}" for name in ours)
+        told.append(f"The {what} is lower than that of {rival}, the lowest of SAM's family, by: {lower}.")
+    rival = max(family, key=lambda name: statistics.mean(_column(results, name, "test_accuracy")))
+    others = [rival, next(iter(results["chosen"]))]
+    ahead = ", ".join(
+        f"{name} " + " and ".join(_ahead(results, name, other) for other in others) for name in ours
+    )
+    told.append(f"Points of accuracy ahead of {' and '.join(others)}, seed by seed: {ahead}.")
+    return " ".join(told)
+
+
+def plot(results: dict[str, Any]) -> bytes:
+    """Accuracy and trace over training, with 95 % bands, and where each method ends, as PNG."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    accuracy, trace, end = figure.subplots(1, 3)
+    for name in results["chosen"]:
+        runs = _runs(results, name)
+        x = [point["evaluations"] for point in runs[0]["curve"]]
+        if name in plots.FOLLOWED:
+            curves = [[point["test_accuracy"] for point in run["curve"]] for run in runs]
+            plots.band(
+                accuracy, name, x, [[100 * y for y in curve] for curve in curves], spread=plots.interval
+            )
+            traces = [[point["trace"] for point in run["curve"]] for run in runs]
+            plots.band(trace, name, x, traces, log=True, spread=plots.interval)
+        _plot_end(end, name, results)
+    accuracy.set(title="Test accuracy (%)", xlabel="gradient evaluations")
+    trace.set(title="Trace of the Hessian of the training loss", xlabel="gradient evaluations", yscale="log")
+    end.set(title="At the end", xlabel="Hessian trace", ylabel="test accuracy (%)", xscale="log")
+    return plots.finish(figure, accuracy)
+
+
+def _row(name: str, results: dict[str, Any]) -> list[str]:
+    knobs = results["chosen"][name]
+    return [
+        name,
+        f"{knobs['strength']:g}" if len(METHODS[name].strengths) > 1 else "",
+        f"{knobs['rate']:g}",
+        *cells(_runs(results, name)),
+        str(knobs["gradients_per_step"]),
+        table.number(statistics.mean(_column(results, name, "seconds"))),
+    ]
+
+
+def cells(runs: list[dict[str, Any]]) -> list[str]:
+    """Test accuracy in percent, trace and largest eigenvalue, each with its 95 % interval."""
+    columns = ([run[name] for run in runs] for name in ("test_accuracy", "trace", "largest_eigenvalue"))
+    accuracy, *others = (np.array(column) for column in columns)
+    return [_with_interval(values) for values in (100 * accuracy, *others)]
+
+
+def _lower(results: dict[str, Any], name: str, rival: str, figure: str) -> str:
+    """By how many percent the geometric mean is lower, and its 95 % interval, from each seed's ratio."""
+    mine, theirs = (np.log(_column(results, of, figure)) for of in (name, rival))
+    difference = mine - theirs
+    mean, width = difference.mean(), plots.interval(difference)
+    low, middle, high = (100 * (1 - math.exp(mean + shift)) for shift in (width, 0, -width))
+    return f"{middle:.0f} % ({low:.0f} to {high:.0f})"
+
+
+def _ahead(results: dict[str, Any], name: str, rival: str) -> str:
+    mine, theirs = (np.array(_column(results, of, "test_accuracy")) for of in (name, rival))
+    difference = 100 * (mine - theirs)
+    return f"{difference.mean():+.1f} ± {plots.interval(difference):.1f}"
+
+
+def _with_interval(values: np.ndarray) -> str:
+    return table.with_error(float(values.mean()), float(plots.interval(values)) if len(values) > 1 else None)
+
+
+def _plot_end(axes: Axes, name: str, results: dict[str, Any]) -> None:
+    traces, accuracies = (_column(results, name, figure) for figure in ("trace", "test_accuracy"))
+    x, y = statistics.geometric_mean(traces), 100 * statistics.mean(accuracies)
+    shift = math.exp(plots.interval(np.log(traces)))
+    xerr, yerr = [[x - x / shift], [x * shift - x]], 100 * plots.interval(np.array(accuracies))
+    colour = plots.colour(name)
+    axes.errorbar(x, y, yerr, xerr, color=colour, marker="o", markersize=4, elinewidth=0.6)
+    axes.annotate(name, (x, y), (4, 3), textcoords="offset points", fontsize="small", color=colour)
+
+
+def _column(results: dict[str, Any], name: str, figure: str) -> list[float]:
+    return [run[figure] for run in _runs(results, name)]
+
+
+def _runs(results: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    return [run for run in results["runs"] if run["method"] == name]

@@ -1,0 +1,169 @@
+"""What a long run leaves as it goes: figures as lines of JSON, and the state of the training under way.
+
+A run that was killed at any moment goes on from here, and ends as it would have without that.
+"""
+
+import json
+import os
+import re
+import shutil
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from benchmarks.files import UserError, write_files
+
+LINES = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
+CHECKPOINT_SECONDS = 60.0  # what a kill may cost; saving takes a tenth of a second and more
+KEPT = 2  # checkpoints: the older one is for the case that the last cannot be read
+
+Record = dict[str, Any]
+
+
+class Journal:
+    """The records of a run's trainings, one after another.
+
+    The file `metrics.jsonl` has a line with the run's settings, then for each training one for each of its
+    points and one with its result. The folder `checkpoints` has the last states of the training under way.
+    """
+
+    def __init__(
+        self, folder: Path, settings: Record, *, resume: bool, pause: float = CHECKPOINT_SECONDS
+    ) -> None:
+        """Opens the journal of a run.
+
+        Args:
+            folder: Where it is, or will be.
+            settings: Those of the run, ready for JSON.
+            resume: Whether to go on with the run that the folder holds, if it holds one.
+            pause: Seconds between two states of a training that are kept.
+
+        Raises:
+            UserError: There is a run with other settings, or one and `resume` is not set, or what there is
+                cannot be read or written.
+        """
+        self._path, self._folder = folder / LINES, folder / CHECKPOINTS
+        self._training, self._pause, self._last_save = "", pause, 0.0
+        self._lines = _read(self._path)
+        wanted = json.loads(json.dumps({"settings": settings}))
+        if not self._lines:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._lines = [wanted]
+            self._rewrite()
+        elif not resume:
+            raise UserError(f"{folder} has a run already: go on with it by --resume, or remove it")
+        elif self._lines[0] != wanted:
+            raise UserError(f"{folder} has a run with other settings: {_difference(self._lines[0], wanted)}")
+        self._results = {line["training"]: line["result"] for line in self._lines if "result" in line}
+
+    def done(self, training: str) -> bool:
+        """Whether the result of a training is on record."""
+        return training in self._results
+
+    def once(self, training: str, compute: Callable[[], Record]) -> Record:
+        """The result of a training: the one on record, or else a new one.
+
+        Args:
+            training: Its name, of which there is one in a run.
+            compute: Does the training. It may call `restore` and `save`.
+        """
+        if self.done(training):
+            return self._results[training]
+        self._training, self._last_save = training, time.monotonic()
+        result = json.loads(json.dumps(compute()))
+        self._append({"training": training, "result": result})
+        self._results[training] = result
+        shutil.rmtree(self._checkpoints, ignore_errors=True)
+        return result
+
+    def save(self, step: int, state: nnx.State, figures: Record) -> None:
+        """Keeps what was measured of the training under way, and every so often its state.
+
+        Args:
+            step: How many steps were taken.
+            state: The state after them.
+            figures: What was measured then.
+        """
+        # The line comes first: one too many is dropped on return, one too few would be missed.
+        self._append({"training": self._training, "step": step, "figures": figures})
+        if time.monotonic() - self._last_save < self._pause:
+            return
+        self._last_save = time.monotonic()
+        with self._manager() as manager:
+            manager.save(step, args=ocp.args.StandardSave(state))
+
+    def restore(self, like: nnx.State) -> tuple[int, nnx.State, list[Record]] | None:
+        """The last state of the training under way that can be read.
+
+        Args:
+            like: A state of the same structure.
+
+        Returns:
+            The number of steps taken, the state, and the figures until then; None before the first is saved.
+        """
+        step, state = self._last(like) if self._checkpoints.exists() else (0, None)
+        later = [line for line in self._lines if self._is_point(line) and line["step"] > step]
+        if later:
+            self._lines = [line for line in self._lines if line not in later]
+            self._rewrite()
+        figures = [line["figures"] for line in self._lines if self._is_point(line)]
+        return None if state is None else (step, state, figures)
+
+    def _last(self, like: nnx.State) -> tuple[int, nnx.State | None]:
+        with self._manager() as manager:
+            for step in sorted(manager.all_steps(), reverse=True):
+                try:
+                    return step, manager.restore(step, args=ocp.args.StandardRestore(like))
+                except Exception as error:  # noqa: BLE001  # Orbax raises whatever a broken file leads to
+                    path, reason = self._checkpoints / str(step), str(error).partition("\n")[0]
+                    warnings.warn(f"{path} cannot be read and is left out: {reason}", stacklevel=2)
+                    manager.delete(step)
+        return 0, None
+
+    def _manager(self) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, enable_async_checkpointing=False)
+        return ocp.CheckpointManager(self._checkpoints.absolute(), options=options)
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self._folder / re.sub(r"[^\w.-]+", "-", self._training)
+
+    def _is_point(self, line: Record) -> bool:
+        return line.get("training") == self._training and "step" in line
+
+    def _append(self, line: Record) -> None:
+        self._lines.append(line)
+        try:
+            with self._path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise UserError(f"cannot write {self._path}: {error.strerror}") from error
+
+    def _rewrite(self) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        write_files({self._path: "".join(json.dumps(line) + "\n" for line in self._lines)})
+
+
+def _read(path: Path) -> list[Record]:
+    """The lines of a file, if there is one, without the last if it is torn."""
+    if not path.exists():
+        return []
+    *whole, _ = path.read_text().split("\n")
+    try:
+        return [json.loads(line) for line in whole]
+    except ValueError as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+
+
+def _difference(old: Record, new: Record) -> str:
+    old, new = old.get("settings", {}), new["settings"]
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    return ", ".join(f"{name} {old.get(name)}, not {new.get(name)}" for name in names)

