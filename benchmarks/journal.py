@@ -52,14 +52,14 @@ class Journal:
         self._training, self._pause, self._last_save = "", pause, 0.0
         self._lines = _read(self._path)
         wanted = json.loads(json.dumps({"settings": settings}))
+        if self._lines and not resume:
+            raise UserError(f"{folder} has a run already: go on with it by --resume, or remove it")
+        if self._lines and self._lines[0] != wanted:
+            raise UserError(f"{folder} has a run with other settings: {_difference(self._lines[0], wanted)}")
         if not self._lines:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._lines = [wanted]
-            self._rewrite()
-        elif not resume:
-            raise UserError(f"{folder} has a run already: go on with it by --resume, or remove it")
-        elif self._lines[0] != wanted:
-            raise UserError(f"{folder} has a run with other settings: {_difference(self._lines[0], wanted)}")
+        self._rewrite()  # without a line that was torn
         self._results = {line["training"]: line["result"] for line in self._lines if "result" in line}
 
     def done(self, training: str) -> bool:

@@ -2,14 +2,18 @@
 
 import functools
 import json
+import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
-from benchmarks import data, training
+from benchmarks import data, training, ways
 from benchmarks.data import Examples
+from benchmarks.files import UserError
 from benchmarks.journal import LINES, Journal
 from benchmarks.models import MLP, ConvNet
 from benchmarks.training import Settings, Task
@@ -142,3 +146,179 @@ def _resumes_exactly(task, method, folder):
     assert result["curve"] == resumed.curve == whole.curve
     assert equal(nnx.state(resumed.model), nnx.state(whole.model))
     assert go_on(killed_after(0)) == (result,)
+
+
+def interrupted(task, folder, number=10):
+    """A journal's folder as a training leaves it that is killed after so many gradients."""
+
+    def compute():
+        return training.train(
+            task, METHODS["sgd"], settings_for(METHODS["sgd"]), journal=journal, advance=killed_after(number)
+        )
+
+    journal = Journal(folder, {"seeds": 1}, resume=False, pause=0)
+    with pytest.raises(KilledError):
+        journal.once("x", compute)
+    return folder / LINES
+
+
+def resumed(task, folder):
+    journal = Journal(folder, {"seeds": 1}, resume=True, pause=0)
+    kept = []
+
+    def compute():
+        kept.append(training.train(task, METHODS["sgd"], settings_for(METHODS["sgd"]), journal=journal))
+        return {}
+
+    journal.once("x", compute)
+    return kept[0]
+
+
+@pytest.fixture(scope="module")
+def whole(task):
+    return training.train(task, METHODS["sgd"], settings_for(METHODS["sgd"]))
+
+
+def test_a_torn_last_line_is_left_out(task, whole, tmp_path):
+    path = interrupted(task, tmp_path)
+    path.write_text(path.read_text() + '{"training": "x", "st')
+    assert equal(nnx.state(resumed(task, tmp_path).model), nnx.state(whole.model))
+    assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+def test_a_state_that_cannot_be_read_is_told_and_the_one_before_it_taken(task, whole, tmp_path):
+    interrupted(task, tmp_path, number=20)
+    folder = tmp_path / "checkpoints" / "x"
+    assert sorted(path.name for path in folder.iterdir()) == ["12", "18"]
+    for path in (folder / "18").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[:20])
+    with pytest.warns(UserWarning, match="18 cannot be read and is left out"):
+        trained = resumed(task, tmp_path)
+    assert equal(nnx.state(trained.model), nnx.state(whole.model))
+
+
+def test_lines_without_a_state_start_over(task, whole, tmp_path):
+    interrupted(task, tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints")
+    trained = resumed(task, tmp_path)
+    assert len(trained.curve) == POINTS
+    assert equal(nnx.state(trained.model), nnx.state(whole.model))
+
+
+def test_a_run_is_neither_mixed_nor_lost(task, tmp_path):
+    path = interrupted(task, tmp_path)
+    before = path.read_text()
+    with pytest.raises(UserError, match="go on with it by --resume, or remove it"):
+        Journal(tmp_path, {"seeds": 1}, resume=False)
+    with pytest.raises(UserError, match="other settings: seeds 1, not 2"):
+        Journal(tmp_path, {"seeds": 2}, resume=True)
+    assert path.read_text() == before
+    path.write_text("nonsense\n" + before)
+    with pytest.raises(UserError, match="cannot read"):
+        Journal(tmp_path, {"seeds": 1}, resume=True)
+
+
+def test_states_are_kept_every_so_often_only(task, tmp_path):
+    journal = Journal(tmp_path, {}, resume=False, pause=1000)
+    journal.once(
+        "x",
+        lambda: {
+            "curve": training.train(task, METHODS["sgd"], settings_for(METHODS["sgd"]), journal=journal).curve
+        },
+    )
+    assert not (tmp_path / "checkpoints").exists()
+    assert len((tmp_path / LINES).read_text().splitlines()) == 1 + POINTS + 1
+
+
+def test_swa_averages_the_weights_of_the_second_half(task):
+    method = METHODS["swa"]
+    settings = Settings(8, 0.1, 1e-3, 0.5)
+    steps = training.compiled(task, method, 8, "constant")
+    state, batches, seen = training.initial_state(task, method, settings), task.batches(0, 0), []
+    for _ in range(8):
+        state = steps.step(state, jax.random.key(0), next(batches))
+        seen.append(nnx.state(nnx.merge(steps.graphdef, state)[0], nnx.Param))
+    mean = jax.tree.map(lambda *weights: np.mean(weights, axis=0), *seen[4:])
+    trained = training.train(task, method, settings)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
+        nnx.state(trained.model, nnx.Param),
+        mean,
+    )
+
+
+def test_the_statistics_of_averaged_weights_are_their_own():
+    """After so many batches what is left of those of the last step is .9 ** 50."""
+    task = conv_task()
+    trained = training.train(task, METHODS["swa"], Settings(20, 0.1, 0.0, 1.0))
+    model = nnx.clone(trained.model)
+    model.train()
+    for _, batch in zip(range(200), task.batches(0, 0), strict=False):
+        model(batch.inputs)
+    for one, other in zip(
+        jax.tree.leaves(nnx.state(trained.model, nnx.BatchStat)),
+        jax.tree.leaves(nnx.state(model, nnx.BatchStat)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(one, other, rtol=0.1, atol=0.05 * float(np.abs(other).max()))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"), [("constant", [1, 1, 1]), ("falling", [1, 0.5, 0]), ("rising", [0, 0.5, 1])]
+)
+def test_schedules_of_the_strength(schedule, expected):
+    strengths = [training.SCHEDULES[schedule](jnp.float32(done)) for done in (0.0, 0.5, 1.0)]
+    np.testing.assert_allclose(strengths, expected, atol=1e-6)
+
+
+def test_the_strength_of_a_step_follows_its_schedule(task):
+    """With a method that writes its strength into the weights."""
+
+    def update(_):
+        def write(model, optimizer, key, strength, batch):
+            del key, batch
+            optimizer.update(model, jax.tree.map(jnp.zeros_like, nnx.state(model, nnx.Param)))
+            model.layers[0].bias[...] = jnp.full_like(model.layers[0].bias[...], strength)
+
+        return write
+
+    trained = training.train(task, ways.Method(update), Settings(5, 0.1, 0.0, 2.0, schedule="falling"))
+    np.testing.assert_allclose(trained.model.layers[0].bias[...], 1 + np.cos(0.8 * np.pi), rtol=1e-5)
+
+
+def test_learning_rates_are_scaled_for_optimizers_of_another_kind(task):
+    def rate(method, task):
+        state = training.initial_state(task, METHODS[method], Settings(4, 0.5))
+        return float(state[1]["opt_state"].hyperparams["learning_rate"][...])
+
+    assert rate("adam", task) == pytest.approx(0.5 * METHODS["adam"].rate)
+    assert rate("adam", mlp_task(clusters(), optimizer=ways.adamw)) == 0.5
+    assert rate("sam", task) == 0.5
+
+
+def test_plain_methods_do_what_optax_does(task):
+    """Without the harness, and without Flax's optimizer."""
+    for method, optimizer in (
+        (
+            METHODS["sgd"],
+            optax.chain(
+                optax.add_decayed_weights(0.01),
+                optax.sgd(optax.cosine_decay_schedule(0.1, 6), momentum=0.9),
+            ),
+        ),
+        (METHODS["adam"], optax.adamw(optax.cosine_decay_schedule(0.1 * 0.02, 6), weight_decay=0.01)),
+    ):
+        graphdef, params = nnx.split(task.model(3))
+        state, batches = optimizer.init(params), task.batches(3, 0)
+        for _ in range(6):
+            loss = lambda p, batch, graphdef=graphdef: task.loss(nnx.merge(graphdef, p), batch)  # noqa: E731
+            grads = jax.grad(loss)(params, next(batches))
+            updates, state = optimizer.update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+        trained = training.train(task, method, Settings(6, 0.1, 0.01, seed=3))
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6),
+            nnx.state(trained.model, nnx.Param),
+            params,
+        )
