@@ -56,7 +56,7 @@ PUBLISHED = {
 }
 # Those of the README, and the modules that make them from the results.
 TABLES = {
-    "demo": "table",
+    "demo": "demo",
     "matrix-sensing": "matrix_sensing",
     "rivals": "rivals",
     "robustness": "robustness",
@@ -119,18 +119,13 @@ def _measure(name: str, module: Any, options: Any) -> None:
             raise UserError(f"argument --{field.name}: expected at least one value")
     with output_folder(options.out):
         if name == "demo":
-            files = module.demo(_demo_settings(module, options))
+            files = module.demo(options)
         else:
             from benchmarks import report  # noqa: PLC0415
 
             files = report.measure(module, name, options)
         write_files({options.out / file: content for file, content in files.items()})
     print(f"{options.out}: {', '.join(files)}")
-
-
-def _demo_settings(demo: Any, options: Any) -> Any:
-    methods = tuple(dict.fromkeys(options.methods))
-    return demo.Settings(methods, options.seeds, options.steps, wrong_labels=options.wrong_labels)
 
 
 def _load(name: str) -> Any:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -15,13 +16,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.progress import Progress
 
-from benchmarks import augmentation, comparison, images, measuring, plots, table, training, ways
+from benchmarks import augmentation, comparison, images, measuring, methods, plots, table, training
 from benchmarks.comparison import Knobs, Problem
 from benchmarks.journal import Journal
-from benchmarks.ways import METHODS, Method
+from benchmarks.methods import METHODS, Method
 from nso_jax import noise
 
-SIGMA, SCALE = 0.02, 0.6  # of one noise for all weights, and of noise relative to the weights
+SIGMA, SCALE = 0.02, 0.2  # of one noise for all weights, and of noise relative to the weights
 STRONG_DECAY = 2e-2
 DRAWS = 48  # of the gradient, for its variance
 ACCURACY, TRACE = "#0072B2", "#D55E00"
@@ -59,7 +60,8 @@ class Options(images.Options):
     """
 
     rate: float = 0.05
-    weight_decay: float = 5e-4
+    weight_decay: float = 5e-3
+    work: Path = Path("runs/ablate")
 
 
 HEADERS: tuple[str, ...] = (
@@ -75,12 +77,12 @@ HEADERS: tuple[str, ...] = (
 
 def variants() -> list[Variant]:
     """All of them, plain training among those of some choices."""
-    one, relative = ways.nso(), functools.partial(ways.nso, relative=True)
+    one, relative = methods.nso(), functools.partial(methods.nso, relative=True)
     plain = METHODS["sgd"]
     made = [Variant("sigma", f"{sigma:g}", one, sigma) for sigma in (0.005, 0.01, 0.02, 0.04, 0.08)]
-    made += [Variant("k", str(k), ways.nso(num_samples=k), SIGMA) for k in (1, 2, 4, 8)]
+    made += [Variant("k", str(k), methods.nso(num_samples=k), SIGMA) for k in (1, 2, 4, 8)]
     made += [
-        Variant("relative noise", f"{scale:g}", relative(), scale) for scale in (0.2, 0.4, 0.6, 0.8, 1.0)
+        Variant("relative noise", f"{scale:g}", relative(), scale) for scale in (0.05, 0.1, 0.2, 0.4, 0.8)
     ]
     made += [Variant("microbatches", str(m), relative(num_microbatches=m), SCALE) for m in (1, 2, 4, 8, 16)]
     made += [
@@ -88,13 +90,13 @@ def variants() -> list[Variant]:
         for m in (1, 4, 16)
     ]
     samplers = ("normal", "rademacher", "uniform", "laplace", "centered_binomial")
-    made += [Variant("sampler", name, ways.nso(sampler=getattr(noise, name)), SIGMA) for name in samplers]
+    made += [Variant("sampler", name, methods.nso(sampler=getattr(noise, name)), SIGMA) for name in samplers]
     made += [
-        Variant("sides", name, ways.nso(antithetic=both, num_samples=k), SIGMA)
+        Variant("sides", name, methods.nso(antithetic=both, num_samples=k), SIGMA)
         for name, both, k in (("two", True, 1), ("one", False, 1), ("one, k = 2", False, 2))
     ]
     made += [
-        Variant("clean_weight", f"{weight:g}", ways.nso(clean_weight=weight), SIGMA)
+        Variant("clean_weight", f"{weight:g}", methods.nso(clean_weight=weight), SIGMA)
         for weight in (0.0, 0.25, 0.5, 0.75)
     ]
     made += [Variant("schedule", name, one, SIGMA, schedule=name) for name in training.SCHEDULES]
@@ -147,8 +149,9 @@ def run(options: Options, progress: Progress) -> dict[str, Any]:
             advance=advance,
         )
         title = f"{variant.choice} {variant.value}, seed {seed}"
-        skip = functools.partial(advance, options.gradients)
-        figures = comparison.recorded(title, compute, journal, progress, skip)
+        if journal.done(title):
+            advance(options.gradients)
+        figures = journal.once(title, compute, functools.partial(comparison.tell, progress, title))
         runs.append({"choice": variant.choice, "value": variant.value, "seed": seed, **figures})
     told = [
         {
@@ -161,6 +164,7 @@ def run(options: Options, progress: Progress) -> dict[str, Any]:
         for variant in made
     ]
     sizes = {part: len(examples.labels) for part, examples in problem.split(0)._asdict().items()}
+    journal.finish()
     return {
         "settings": options.settings(),
         "data": {"name": problem.name, **sizes},
@@ -211,12 +215,12 @@ def _noise_in_gradient(problem: Problem, variant: Variant) -> float:
 
     @jax.jit
     def step(key: jax.Array) -> jax.Array:
-        model = nnx.merge(graphdef, state)
-        optimizer = nnx.Optimizer(model, optax.sgd(1.0), wrt=nnx.Param)
-        update(model, optimizer, key, jnp.float32(variant.strength), batch)
-        return ravel_pytree(nnx.state(model, nnx.Param))[0] - ravel_pytree(nnx.state(merged, nnx.Param))[0]
+        before, after = (nnx.merge(graphdef, state, copy=True) for _ in range(2))
+        optimizer = nnx.Optimizer(after, optax.sgd(1.0), wrt=nnx.Param)
+        update(after, optimizer, key, jnp.float32(variant.strength), batch)
+        weights, moved = (ravel_pytree(nnx.state(model, nnx.Param))[0] for model in (before, after))
+        return moved - weights
 
-    merged = nnx.merge(graphdef, state)
     steps = np.stack([step(key) for key in jax.random.split(jax.random.key(0), DRAWS)])
     return float(steps.var(axis=0, ddof=1).sum() / np.square(steps.mean(axis=0)).sum())
 

@@ -22,6 +22,24 @@ class Output:
     out: Path = RESULTS
 
 
+@dataclasses.dataclass(frozen=True)
+class Resumable(Output):
+    """Settings of benchmarks that train for long.
+
+    Attributes:
+        work: Folder for what a run leaves as it goes: figures and checkpoints.
+        resume: Go on with the run in that folder, from where it was stopped.
+    """
+
+    work: Path = Path("runs/work")
+    resume: bool = False
+
+    def settings(self) -> dict[str, Any]:
+        """What somebody needs to know to go on with the run or to repeat it, ready for JSON."""
+        elsewhere = {"out", "work", "resume"}
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in elsewhere}
+
+
 def at_least(least: int) -> PrimitiveConstructorSpec[Any]:
     """Annotates a whole number that must not be smaller."""
 

@@ -1,7 +1,7 @@
 """Training images changed at random, as a function `augment(key, number, examples) -> examples`."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import jax
@@ -86,3 +86,15 @@ def named(name: Name, num_classes: int) -> Augment:
     }
     change = changes[name]
     return jax.jit(lambda key, number, examples: change(jax.random.fold_in(key, number), examples))
+
+
+def batches(augment: Augment, key: jax.Array, drawn: Iterator[Examples], first: int) -> Iterator[Examples]:
+    """Batches changed one after another.
+
+    Args:
+        augment: What is done to each.
+        key: That of the training.
+        drawn: The batches.
+        first: The number of the first in the training.
+    """
+    return (augment(key, number, batch) for number, batch in enumerate(drawn, first))

@@ -7,8 +7,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import numpy as np
@@ -21,8 +20,8 @@ from benchmarks import arguments, data, measuring, plots, table, training
 from benchmarks.data import Examples
 from benchmarks.journal import Journal
 from benchmarks.measuring import Gauge
+from benchmarks.methods import METHODS, Method, Name
 from benchmarks.training import Settings, Task, Trained
-from benchmarks.ways import METHODS, Method, Name
 from nso_jax import curvature
 
 TUNING_SEED = 100  # and those after it; they draw other examples than the seeds of the results
@@ -65,7 +64,7 @@ class Problem:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(arguments.Output):
+class Options(arguments.Resumable):
     """How methods are compared.
 
     Attributes:
@@ -80,28 +79,29 @@ class Options(arguments.Output):
         point_products: Hessian-vector products for a trace on the way.
         final_products: The most of them for a trace at the end.
         rtol: Its standard error, over the trace, that is small enough.
-        work: Folder for what a run leaves as it goes: figures and checkpoints.
-        resume: Go on with the run in that folder, from where it was stopped.
+        trace_method: How it is estimated: see `nso_jax.curvature.trace`.
+        eigenvalue_tol: The largest eigenvalue's residual, over it, that is small enough.
     """
 
     methods: tuple[Name, ...] = get_args(Name)
     gradients: arguments.Count = 480
     batch_size: arguments.Count = 48
-    rates: tuple[float, ...] = (0.02, 0.05)
-    weight_decays: tuple[float, ...] = (0.0, 5e-4, 5e-3)
+    rates: tuple[float, ...] = (0.05, 0.1)
+    weight_decays: tuple[float, ...] = (1e-3, 5e-3, 2e-2)
     seeds: arguments.Count = 5
     tuning_seeds: arguments.Count = 2
     points: arguments.Count = 8
     point_products: arguments.Count = 10
     final_products: arguments.Count = 60
     rtol: float = 0.02
-    work: Path = Path("runs/work")
-    resume: bool = False
+    trace_method: Literal["xtrace", "hutchinson"] = "xtrace"
+    eigenvalue_tol: float = 1e-3
 
     def settings(self) -> dict[str, Any]:
-        """What somebody needs to know to repeat the run, ready for JSON."""
-        elsewhere = {"out", "work", "resume"}
-        return {name: value for name, value in dataclasses.asdict(self).items() if name not in elsewhere}
+        """What somebody needs to know to go on with the run or to repeat it, ready for JSON."""
+        made = super().settings()
+        # Of a source its name alone: where it lies is of no interest to others.
+        return made | {key: data.name(made[key]) for key in ("data", "model") if made.get(key)}
 
 
 class Knobs(NamedTuple):
@@ -143,7 +143,9 @@ def compare(problem: Problem, options: Options, journal: Journal, progress: Prog
         compute = functools.partial(
             train, problem, methods[name], settings, options, gauge=gauge, journal=journal, advance=advance
         )
-        measured = recorded(title, compute, journal, progress, functools.partial(advance, options.gradients))
+        if journal.done(title):
+            advance(options.gradients)
+        measured = journal.once(title, compute, functools.partial(tell, progress, title))
         return {"method": name, **knobs._asdict(), "seed": seed, **measured}
 
     tuning: list[dict[str, Any]] = []
@@ -161,6 +163,7 @@ def compare(problem: Problem, options: Options, journal: Journal, progress: Prog
     ]
     assert len({run["evaluations"] for run in runs}) == 1, "methods differ in gradient evaluations"  # noqa: S101
     sizes = {part: len(examples.labels) for part, examples in problem.split(0)._asdict().items()}
+    journal.finish()
     return {
         "name": problem.name,
         "settings": options.settings(),
@@ -192,43 +195,11 @@ def grid(method: Method, options: Options, weight_decay: float | None = None) ->
 
 
 def choose(tuning: list[dict[str, Any]]) -> Knobs:
-    """The knobs of the best mean validation accuracy; of equal ones those of the least validation loss."""
-    by_knobs: dict[Knobs, list[dict[str, Any]]] = {}
+    """The knobs of the least mean validation loss, which tells more from few examples than the accuracy."""
+    by_knobs: dict[Knobs, list[float]] = {}
     for run in tuning:
-        by_knobs.setdefault(Knobs(*(run[name] for name in Knobs._fields)), []).append(run)
-
-    def merit(knobs: Knobs) -> tuple[float, float]:
-        accuracy, loss = (
-            statistics.mean(run[what] for run in by_knobs[knobs])
-            for what in ("validation_accuracy", "validation_loss")
-        )
-        return accuracy, -loss
-
-    return max(by_knobs, key=merit)
-
-
-def recorded(
-    title: str,
-    compute: Callable[[], dict[str, Any]],
-    journal: Journal,
-    progress: Progress,
-    skip: Callable[[], None],
-) -> dict[str, Any]:
-    """The figures of a training, from the journal if it was done before, else told when it is.
-
-    Args:
-        title: The training's name.
-        compute: Does it.
-        journal: What was done before.
-        progress: Where to tell.
-        skip: Called if it was done before.
-    """
-    if journal.done(title):
-        skip()
-        return journal.once(title, compute)
-    figures = journal.once(title, compute)
-    progress.console.print(f"{title}: {_told(figures)}", highlight=False, soft_wrap=True)
-    return figures
+        by_knobs.setdefault(Knobs(*(run[name] for name in Knobs._fields)), []).append(run["validation_loss"])
+    return min(by_knobs, key=lambda knobs: statistics.mean(by_knobs[knobs]))
 
 
 def train_and_validate(
@@ -258,7 +229,7 @@ def train_and_measure(
     split = problem.split(settings.seed)
 
     def measure(model: nnx.Module) -> dict[str, float]:
-        return measure_point(gauge, model, split, options.point_products)
+        return measure_point(gauge, model, split, options)
 
     trained = training.train(problem.task, method, settings, measure=measure, **keywords)
     figures = _figures(trained, gauge, split)
@@ -273,9 +244,9 @@ def _figures(trained: Trained, gauge: Gauge, split: Split) -> dict[str, Any]:
     }
 
 
-def measure_point(gauge: Gauge, model: nnx.Module, split: Split, num_products: int) -> dict[str, float]:
+def measure_point(gauge: Gauge, model: nnx.Module, split: Split, options: Options) -> dict[str, float]:
     """The figures followed over training."""
-    trace = _trace(gauge, model, split.train, num_products=num_products)
+    trace = _trace(gauge, model, split.train, options, num_products=options.point_products)
     return {
         **_evaluated(gauge, model, split.train, "train"),
         **_evaluated(gauge, model, split.test, "test"),
@@ -285,9 +256,11 @@ def measure_point(gauge: Gauge, model: nnx.Module, split: Split, num_products: i
 
 def measure_end(gauge: Gauge, model: nnx.Module, split: Split, options: Options) -> dict[str, float]:
     """The figures at the end, with the largest eigenvalue of the training loss's Hessian."""
-    trace = _trace(gauge, model, split.train, num_products=options.final_products, rtol=options.rtol)
+    products = {"num_products": options.final_products, "rtol": options.rtol}
+    trace = _trace(gauge, model, split.train, options, **products)
     params, batches = _batches(model, split.train)
-    pairs = curvature.eigenvalues(jax.random.key(0), gauge.loss, params, batches, k=1, tol=1e-3)
+    key, tol = jax.random.key(0), options.eigenvalue_tol
+    pairs = curvature.eigenvalues(key, gauge.loss, params, batches, k=1, tol=tol)
     return {
         **_evaluated(gauge, model, split.train, "train"),
         **_evaluated(gauge, model, split.test, "test"),
@@ -303,9 +276,12 @@ def accuracy(model: nnx.Module, examples: Examples) -> float:
     return _evaluated(gauge, model, examples, "")["_accuracy"]
 
 
-def _trace(gauge: Gauge, model: nnx.Module, examples: Examples, **options: Any) -> curvature.Estimate:
+def _trace(
+    gauge: Gauge, model: nnx.Module, examples: Examples, options: Options, **products: Any
+) -> curvature.Estimate:
     # The same probes for all networks, so that differences between them are less noisy than each.
-    return curvature.trace(jax.random.key(0), gauge.loss, *_batches(model, examples), **options)
+    key, (params, batches) = jax.random.key(0), _batches(model, examples)
+    return curvature.trace(key, gauge.loss, params, batches, method=options.trace_method, **products)
 
 
 def _evaluated(gauge: Gauge, model: nnx.Module, examples: Examples, part: str) -> dict[str, float]:
@@ -325,14 +301,15 @@ def _batches(model: nnx.Module, examples: Examples) -> tuple[nnx.State, list[tup
     return params, [(data.part(examples, first, first + CHUNK), rest) for first in starts]
 
 
-def _told(figures: dict[str, Any]) -> str:
-    text = f"validation {100 * figures['validation_accuracy']:.1f} %"
+def tell(progress: Progress, title: str, figures: dict[str, Any]) -> None:
+    """Shows the figures of a training in a line."""
+    text = f"{title}: validation {100 * figures['validation_accuracy']:.1f} %"
     if "trace" in figures:
         text += (
             f", test {100 * figures['test_accuracy']:.1f} %, trace {figures['trace']:.3g}, "
             f"eigenvalue {figures['largest_eigenvalue']:.3g}"
         )
-    return f"{text}, {figures['seconds']:.1f} s"
+    progress.console.print(f"{text}, {figures['seconds']:.1f} s", highlight=False, soft_wrap=True)
 
 
 HEADERS: tuple[str, ...] = (
@@ -342,8 +319,7 @@ HEADERS: tuple[str, ...] = (
     "test accuracy (%)",
     "Hessian trace",
     "largest eigenvalue",
-    "gradients a step",
-    "seconds",
+    "steps",
 )
 
 
@@ -361,11 +337,11 @@ def caption(results: dict[str, Any]) -> str:
         f"Mean ± 95 % interval over {settings['seeds']} seeds: of the {sizes['train']} examples to train on, "
         "their order, the weights that are not pretrained, and the noise. "
         f"{sizes['test']:,} examples to test on. Every method takes {settings['gradients']} gradient "
-        f"evaluations on {settings['batch_size']} examples each. Strength and rate: the best on "
+        f"evaluations on {settings['batch_size']} examples each. Strength and rate: of the least loss on "
         f"{sizes['validation']} validation examples, a mean over {settings['tuning_seeds']} other seeds, of "
         f"{fewest} to {most} pairs for each method. Trace and eigenvalue: of the Hessian of the loss over "
-        f"all training examples, at the end. {claims(results)} Seconds: to train one seed, without "
-        f"compiling and measuring, on {machine['cpu_count']} CPU cores ({machine['device']})."
+        f"all training examples, at the end. {claims(results)} On {machine['cpu_count']} CPU "
+        f"cores ({machine['device']})."
     )
 
 
@@ -417,8 +393,7 @@ def _row(name: str, results: dict[str, Any]) -> list[str]:
         f"{knobs['strength']:g}" if len(METHODS[name].strengths) > 1 else "",
         f"{knobs['rate']:g}",
         *cells(_runs(results, name)),
-        str(knobs["gradients_per_step"]),
-        table.number(statistics.mean(_column(results, name, "seconds"))),
+        f"{int(results['settings']['gradients'] / knobs['gradients_per_step']):,}",
     ]
 
 

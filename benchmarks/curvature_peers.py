@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import importlib.metadata
-import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,9 +18,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from rich.progress import Progress
 
-from benchmarks import arguments, data, plots, steps, timing
+from benchmarks import arguments, data, methods, plots, steps, timing, training
 from benchmarks.data import Examples
-from benchmarks.models import MLP, ConvNet, cross_entropy, pure_loss
+from benchmarks.models import MLP, ConvNet, pure_loss
+from benchmarks.training import Settings, Task
 from nso_jax import curvature
 
 Call = Callable[[], Any]
@@ -98,7 +98,7 @@ NETWORKS = {
     ),
 }
 NUM_EXAMPLES, NUM_BATCHES = 1792, 4
-EPOCHS, BATCH_SIZE, LEARNING_RATE, MOMENTUM = 10, 64, 0.05, 0.9
+EPOCHS, BATCH_SIZE, LEARNING_RATE = 10, 64, 0.05
 
 TRACE_TARGET = 0.01  # root mean square of the relative errors
 NUMBERS = (24, 36, 48, 60, 78, 96, 120, 156)  # of products; XTrace takes even ones, Hutch++ threes
@@ -269,18 +269,14 @@ def _examples() -> Examples:
 
 def _trained(case: Case) -> Problem:
     """The network after some epochs: the loss is small, but far from zero."""
-    model, examples = case.model(rngs=nnx.Rngs(0)), _examples()
-    optimizer = nnx.Optimizer(model, optax.sgd(LEARNING_RATE, MOMENTUM), wrt=nnx.Param)
-
-    @nnx.jit
-    def step(model: nnx.Module, optimizer: nnx.Optimizer, batch: Examples) -> None:
-        optimizer.update(model, nnx.grad(cross_entropy)(model, batch))
-
-    model.train()
-    num_steps = EPOCHS * (NUM_EXAMPLES // BATCH_SIZE)
-    for batch in itertools.islice(data.batches(examples, BATCH_SIZE, seed=0), num_steps):
-        step(model, optimizer, batch)
-    model.eval()
+    examples = _examples()
+    task = Task(
+        lambda seed: case.model(rngs=nnx.Rngs(seed)),
+        functools.partial(data.batches, examples, BATCH_SIZE),
+        NUM_EXAMPLES,
+    )
+    settings = Settings(EPOCHS * (NUM_EXAMPLES // BATCH_SIZE), LEARNING_RATE)
+    model = training.train(task, methods.METHODS["sgd"], settings).model
     fun, params = pure_loss(model)
     parts = zip(*(np.split(part, NUM_BATCHES) for part in examples), strict=True)
     return Problem(model, fun, params, [Examples(*map(jnp.asarray, part)) for part in parts])
@@ -686,7 +682,7 @@ def _settings() -> dict[str, Any]:
         "epochs": EPOCHS,
         "training_batch_size": BATCH_SIZE,
         "learning_rate": LEARNING_RATE,
-        "momentum": MOMENTUM,
+        "momentum": methods.MOMENTUM,
         "trace_target": TRACE_TARGET,
         "eigenvalues": NUM_EIGENVALUES,
         "eigenvalue_target": EIGENVALUE_TARGET,

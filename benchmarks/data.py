@@ -189,6 +189,13 @@ def few_shot(examples: Examples, per_class: int, seed: int) -> tuple[Examples, E
     return _rows_of(examples, np.flatnonzero(drawn)), _rows_of(examples, np.flatnonzero(~drawn))
 
 
+def name(source: Path | str) -> str:
+    """What the examples of a source are called: the last part of its path."""
+    if "://" in str(source):
+        return posixpath.basename(str(source).rstrip("/"))
+    return Path(source).resolve().name
+
+
 def part(examples: Examples, first: int, end: int | None = None) -> Examples:
     """The examples from one number up to another, which is not among them.
 

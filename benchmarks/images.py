@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -16,8 +17,8 @@ from benchmarks.comparison import Problem, Split
 from benchmarks.data import Examples
 from benchmarks.files import read_file, write_files
 from benchmarks.journal import Journal
+from benchmarks.methods import METHODS
 from benchmarks.training import Task
-from benchmarks.ways import METHODS
 
 PRETRAINING_RATE, PRETRAINING_DECAY = 0.1, 5e-4
 PRETRAINING_BATCH = 100
@@ -49,6 +50,7 @@ class Options(comparison.Options):
     validation_images: arguments.Count = 1000
     pretraining_epochs: arguments.Count = 20
     augment: augmentation.Name = "none"
+    work: Path = Path("runs/images")
 
 
 class Pool(NamedTuple):
@@ -100,7 +102,7 @@ def make_problem(options: Options, journal: Journal, progress: Progress) -> Prob
     def batches(seed: int, first: int) -> Iterator[Examples]:
         key = jax.random.fold_in(jax.random.key(seed), 1)
         drawn = data.batches(split(seed).train, options.batch_size, seed, first)
-        return (augment(key, number, batch) for number, batch in enumerate(drawn, first))
+        return augmentation.batches(augment, key, drawn, first)
 
     task = Task(model, batches, options.per_class * pool.num_classes)
     return Problem(name, task, split)
@@ -123,7 +125,7 @@ def caption(results: dict[str, Any]) -> str:
 
 def _load(options: Options) -> tuple[str, list[Pool]]:
     """The images of the classes to pretrain on, unless there are none, and of those to learn."""
-    name = "digits" if options.data is None else options.data.rstrip("/").rpartition("/")[2]
+    name = "digits" if options.data is None else data.name(options.data)
     train, test = _images(options.data)
     number = int(train.labels.max()) + 1
     if options.scratch:

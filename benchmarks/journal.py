@@ -25,18 +25,21 @@ KEPT = 2  # checkpoints: the older one is for the case that the last cannot be r
 
 Record = dict[str, Any]
 
+FINISHED: Record = {"finished": True}
+
 
 class Journal:
     """The records of a run's trainings, one after another.
 
     The file `metrics.jsonl` has a line with the run's settings, then for each training one for each of its
-    points and one with its result. The folder `checkpoints` has the last states of the training under way.
+    points and one with its result, and one at the end of a finished run. The folder `checkpoints` has the
+    last states of the training under way.
     """
 
     def __init__(
         self, folder: Path, settings: Record, *, resume: bool, pause: float = CHECKPOINT_SECONDS
     ) -> None:
-        """Opens the journal of a run.
+        """Opens the journal of a run. One that was finished, or had hardly begun, gives way to a new one.
 
         Args:
             folder: Where it is, or will be.
@@ -45,12 +48,14 @@ class Journal:
             pause: Seconds between two states of a training that are kept.
 
         Raises:
-            UserError: There is a run with other settings, or one and `resume` is not set, or what there is
-                cannot be read or written.
+            UserError: There is a run with other settings, or an unfinished one and `resume` is not set, or
+                what there is cannot be read or written.
         """
         self._path, self._folder = folder / LINES, folder / CHECKPOINTS
         self._training, self._pause, self._last_save = "", pause, 0.0
         self._lines = _read(self._path)
+        if len(self._lines) == 1 or (self._lines[-1:] == [FINISHED] and not resume):
+            self._lines = []
         wanted = json.loads(json.dumps({"settings": settings}))
         if self._lines and not resume:
             raise UserError(f"{folder} has a run already: go on with it by --resume, or remove it")
@@ -66,12 +71,15 @@ class Journal:
         """Whether the result of a training is on record."""
         return training in self._results
 
-    def once(self, training: str, compute: Callable[[], Record]) -> Record:
+    def once(
+        self, training: str, compute: Callable[[], Record], tell: Callable[[Record], object] = bool
+    ) -> Record:
         """The result of a training: the one on record, or else a new one.
 
         Args:
             training: Its name, of which there is one in a run.
             compute: Does the training. It may call `restore` and `save`.
+            tell: Called with a new result.
         """
         if self.done(training):
             return self._results[training]
@@ -79,6 +87,7 @@ class Journal:
         result = json.loads(json.dumps(compute()))
         self._append({"training": training, "result": result})
         self._results[training] = result
+        tell(result)
         shutil.rmtree(self._checkpoints, ignore_errors=True)
         return result
 
@@ -114,6 +123,11 @@ class Journal:
             self._rewrite()
         figures = [line["figures"] for line in self._lines if self._is_point(line)]
         return None if state is None else (step, state, figures)
+
+    def finish(self) -> None:
+        """Marks the run as finished, with nothing left to lose."""
+        if self._lines[-1] != FINISHED:
+            self._append(FINISHED)
 
     def _last(self, like: nnx.State) -> tuple[int, nnx.State | None]:
         with self._manager() as manager:

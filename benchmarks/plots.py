@@ -1,4 +1,4 @@
-"""The demo's pictures, from its figures, as PNG."""
+"""What the pictures have in common: a colour for each method, bands, bars, and PNG."""
 
 import io
 import math
@@ -9,7 +9,6 @@ import numpy as np
 import scipy.stats
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 # Colours of Okabe and Ito, which colour-blind readers can tell apart; and a dash pattern for print.
 _STYLES = {
@@ -45,42 +44,6 @@ def interval(values: np.ndarray) -> np.ndarray:
     count = len(values)
     quantile = scipy.stats.t.ppf(0.975, max(1, count - 1))
     return quantile * deviation(values) / math.sqrt(count)
-
-
-def training(results: dict[str, Any]) -> bytes:
-    """Test accuracy and the Hessian's trace over training: means, with a band of a standard deviation."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    accuracy, trace = figure.subplots(1, 2)
-    for name in results["settings"]["methods"]:
-        curves = [run["curve"] for run in results["runs"] if run["method"] == name]
-        x = [point["gradient_evaluations"] for point in curves[0]]
-        band(accuracy, name, x, [[100 * point["test_accuracy"] for point in curve] for curve in curves])
-        band(trace, name, x, [[point["trace"] for point in curve] for curve in curves], log=True)
-    accuracy.set(title="Test accuracy (%)", xlabel="gradient evaluations")
-    trace.set(title="Trace of the Hessian of the training loss", xlabel="gradient evaluations", yscale="log")
-    trace.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    trace.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    trace.yaxis.set_minor_formatter(NullFormatter())
-    return finish(figure, accuracy)
-
-
-def surface(results: dict[str, Any]) -> bytes:
-    """Losses along two lines through each solution: means, with a band of a standard deviation."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    panels = figure.subplots(1, 3, sharey=True)
-    relative, absolute = "distance / size of each filter", "distance in weight space"
-    wanted = (
-        ("random", "train", "Training loss along\na random direction", relative),
-        ("random", "test", "Test loss along\na random direction", relative),
-        ("eigenvector", "train", "Training loss along\nthe top Hessian eigenvector", absolute),
-    )
-    for panel, (direction, part, title, xlabel) in zip(panels, wanted, strict=True):
-        for name in results["settings"]["methods"]:
-            losses = [run["slices"][direction][part] for run in results["runs"] if run["method"] == name]
-            band(panel, name, results["settings"]["slice_distances"][direction], losses)
-        panel.set(title=title, xlabel=xlabel)
-    panels[0].set(ylabel="cross-entropy", ylim=(0, None))
-    return finish(figure, panels[0])
 
 
 def colour(name: str) -> str:

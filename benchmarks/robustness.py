@@ -5,8 +5,7 @@ import functools
 import itertools
 import operator
 import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -21,118 +20,52 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.progress import Progress
 
-import nso_jax
-from benchmarks import arguments, attacks, augmentation, data, plots, timing
-from benchmarks.augmentation import Augment
+from benchmarks import arguments, attacks, augmentation, data, methods, plots, timing, training
 from benchmarks.data import Examples
 from benchmarks.files import UserError
+from benchmarks.journal import Journal
+from benchmarks.methods import Loss, Method
 from benchmarks.models import StridedConvNet
 from benchmarks.timing import Ratio
+from benchmarks.training import Settings, Task
 from nso_jax import noise, penalties
 
 BATCH_SIZE = 50
 LEARNING_RATE = 1e-3
+NUM_POINTS = 10  # of a training, where it can go on after a kill
 DIGITS_TRAIN = 600  # of the 797 that are not for the test
 LEAST_SHARE = 7  # of the rows of a small data set, one in so many is for validation
 COST_REPETITIONS = 15
 TOLERATED_LOSS = 0.01  # of clean accuracy, where strengths are chosen
 MATCHED_WITHIN = 0.003
 RIVALS = ("input-hessian", "input-gradient")  # that the claim is about
+PENALTIES = (*RIVALS, "hessian-trace")
 
-Losses = Callable[[nnx.State, Any, Any], jax.Array]  # of the params, images and labels
-Gradient = Callable[[Losses, jax.Array, jax.Array, nnx.State, Examples], nnx.State]
-Penalty = Callable[[Losses, jax.Array, nnx.State, Examples], jax.Array]
-
-
-class Method(NamedTuple):
-    """A way to train.
-
-    Attributes:
-        strengths: What is tried: factors of the penalty, or sigma for NSO.
-        cost: Time of a step over that of a plain one, to a quarter.
-        gradient: `gradient(losses, strength, key, params, batch) -> grads`, of the loss without the penalty.
-        penalty: `penalty(losses, key, params, batch)`, the number that the strength multiplies, if any.
-    """
-
-    strengths: tuple[float, ...]
-    cost: float
-    gradient: Gradient
-    penalty: Penalty | None = None
-
-    def mean_cost(self, penalty_every: int) -> float:
-        """The cost of a step where the penalty's gradient is computed in every n-th one."""
-        return 1 + (self.cost - 1) / penalty_every if self.penalty else self.cost
-
-    def num_steps(self, budget: int, penalty_every: int) -> int:
-        """How many steps take as long as so many plain ones."""
-        return max(1, int(budget / self.mean_cost(penalty_every)))
+MethodName = Literal["input-gradient", "input-hessian", "nso", "hessian-trace"]
 
 
 class Problem(NamedTuple):
-    """Images to learn and to attack."""
+    """Images to learn and to attack, and the training."""
 
     name: str
     train: Examples
     validation: Examples
     test: Examples
-    num_classes: int
-
-
-class Network(NamedTuple):
-    """Functions of the params, images and labels, for all networks of a shape.
-
-    Attributes:
-        initial: `initial(seed) -> params`.
-        losses: The examples' cross-entropies.
-        margins: The largest wrong logit minus the right one: positive where the network is wrong.
-    """
-
-    initial: Callable[[int], nnx.State]
-    losses: Losses
-    margins: Losses
-
-
-class State(NamedTuple):
-    """Of a training, with the gradient of the penalty that was computed last."""
-
-    params: nnx.State
-    optimizer_state: optax.OptState
-    key: jax.Array
-    penalty_grads: nnx.State
-
-
-Step = Callable[[State, float, Examples], State]
-
-
-class Training(NamedTuple):
-    """A compiled training.
-
-    Attributes:
-        start: `start(params, key) -> state`.
-        steps: To be taken in turns, over and over, as `step(state, strength, batch) -> state`.
-        num_steps: How many.
-    """
-
-    start: Callable[[nnx.State, jax.Array], State]
-    steps: tuple[Step, ...]
-    num_steps: int
-
-
-MethodName = Literal["input-gradient", "input-hessian", "nso", "hessian-trace"]
+    task: Task
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(arguments.Output):
+class Options(arguments.Resumable):
     """Attacks networks that were trained plainly, with a penalty on the loss around each image, or by NSO.
 
     Attributes:
-        data: Folders of Parquet files, instead of scikit-learn's digits.
+        data: Folders of Parquet files or hf://datasets/..., instead of scikit-learn's digits.
         augment: What is done to images to train on.
         equal: What all trainings have the same of.
         methods: What to compare, beside plain training.
         seeds: Trainings with each strength.
         budget: Plain steps that a training may take as long as, or `--equal steps` its steps.
-        penalty_every: Steps for which a penalty's gradient is used.
+        penalty_every: Steps of which one has the penalty, so many times as strong.
         train_images: Images to train on.
         validation_images: Images to choose strengths by.
         test_images: Images to test and attack.
@@ -141,7 +74,7 @@ class Options(arguments.Output):
         radius: How far an attack may move each pixel.
     """
 
-    data: Annotated[tuple[Path, ...] | None, tyro.conf.arg(metavar="PATH [PATH ...]")] = None
+    data: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="PATH [PATH ...]")] = None
     augment: augmentation.Name = "none"
     equal: Literal["time", "steps"] = "time"
     methods: tuple[MethodName, ...] = ("input-gradient", "input-hessian", "nso")
@@ -154,6 +87,7 @@ class Options(arguments.Output):
     pgd_steps: arguments.Count = 20
     starts: arguments.Count = 2
     radius: arguments.Share = 0.1
+    work: Path = Path("runs/robustness")
 
 
 def run(options: Options, progress: Progress) -> dict[str, Any]:
@@ -167,29 +101,26 @@ def run(options: Options, progress: Progress) -> dict[str, Any]:
         All figures, ready for JSON.
 
     Raises:
-        UserError: A folder does not hold the images.
+        UserError: The images cannot be read or are too few, or the journal's folder has another run.
     """
     problems = _problems(options)
     for problem in problems:
         if (number := len(problem.train.labels)) < BATCH_SIZE:
             raise UserError(f"{problem.name}: {number} images to train on, fewer than a batch")
-    names = [name for name in METHODS if name in ("plain", *options.methods)]
-    costs = {problem.name: _costs(problem, names, options, progress) for problem in problems}
-    trainings = [
-        (problem, name, strength, seed)
-        for problem, name in itertools.product(problems, names)
-        for strength, seed in itertools.product(METHODS[name].strengths, range(options.seeds))
-    ]
-    task = progress.add_task("trainings", total=len(trainings))
-    runs = []
-    for problem, name, strength, seed in trainings:
-        figures = _train_and_attack(problem, name, strength, seed, options)
-        runs.append({"data": problem.name, "method": name, "strength": strength, "seed": seed, **figures})
-        progress.console.print(_line(runs[-1]), highlight=False, soft_wrap=True)
-        progress.advance(task)
+    methods = _methods(options)
+    told = _settings(options, problems, methods)
+    if options.equal == "steps":
+        methods = {name: method._replace(gradients_per_step=1) for name, method in methods.items()}
+    journal = Journal(options.work, options.settings(), resume=options.resume)
+    costs = {}
+    for problem in problems:
+        compute = functools.partial(_costs, problem, methods, options, progress)
+        costs[problem.name] = journal.once(f"{problem.name}, costs", compute)
+    runs = _runs(problems, methods, options, journal, progress)
+    journal.finish()
     per_data = {problem.name: [run for run in runs if run["data"] == problem.name] for problem in problems}
     return {
-        "settings": _settings(options, problems, names),
+        "settings": told,
         "costs": costs,
         "chosen": {name: choose(runs) for name, runs in per_data.items()},
         "claim": {name: match(runs) for name, runs in per_data.items()},
@@ -219,13 +150,13 @@ def caption(results: dict[str, Any]) -> str:
     equal = f"takes {budget} steps"
     if settings["equal"] == "time":
         equal = f"may take as long as {budget} plain steps"
-    held = f"A penalty's gradient is used for {every} steps. " if every > 1 else ""
+    lazy = f"A penalty is in one step out of {every}, {every} times as strong. " if every > 1 else ""
     if settings["augment"] != "none":
-        held += f"Images to train on are changed by {settings['augment']}. "
+        lazy += f"Images to train on are changed by {settings['augment']}. "
     return (
         f"Mean ± standard deviation over {settings['seeds']} seeds: of the initial weights, the order of the "
         f"images and the noise. {sizes}. Every training {equal} "
-        f"on {settings['batch_size']} images each; cost: a step's time over a plain one's. {held}FGSM "
+        f"on {settings['batch_size']} images each; cost: a step's time over a plain one's. {lazy}FGSM "
         f"and PGD: accuracy where an attack may move each pixel by {settings['radius']:g}; PGD with "
         f"{settings['pgd_steps']} steps from each of {settings['starts']} random starts, of which one is "
         "enough to fool the network. Behind a method stands its strength, the factor of the penalty or sigma "
@@ -329,192 +260,148 @@ def _problems(options: Options) -> list[Problem]:
     if options.data is None:
         digits = data.digits(0, min(options.train_images, DIGITS_TRAIN))
         sizes = {"validation": options.validation_images, "test": options.test_images}
-        parts = {part: _part(getattr(digits, part), 0, size) for part, size in sizes.items()}
-        return [Problem("digits", digits.train, **parts, num_classes=10)]
-    names = [folder.resolve().name for folder in options.data]
+        parts = {part: data.part(getattr(digits, part), 0, size) for part, size in sizes.items()}
+        return [Problem("digits", digits.train, **parts, task=_task(digits.train, 10, options))]
+    names = [data.name(source) for source in options.data]
     if len(set(names)) < len(names):
         raise UserError(f"argument --data: expected folders of different names, got {', '.join(names)}")
-    return [_problem(name, folder, options) for name, folder in zip(names, options.data, strict=True)]
+    return [_problem(name, source, options) for name, source in zip(names, options.data, strict=True)]
 
 
-def _problem(name: str, folder: Path, options: Options) -> Problem:
+def _problem(name: str, source: str, options: Options) -> Problem:
     """The images of a folder. If there are fewer than asked for, most of them are for training."""
     wanted = options.train_images + options.validation_images
-    train, test, class_names = data.load_images(folder, wanted, options.test_images)
+    train, test, class_names = data.load_images(source, wanted, options.test_images)
     total = len(train.labels)
     most = max(total - total // LEAST_SHARE, total - options.validation_images)
     num_train = min(options.train_images, most)
     largest = max(int(part.labels.max()) for part in (train, test))
-    return Problem(
-        name,
-        _part(train, 0, num_train),
-        _part(train, num_train),
-        test,
-        max(len(class_names), largest + 1),
-    )
+    train, validation = data.part(train, 0, num_train), data.part(train, num_train)
+    task = _task(train, max(len(class_names), largest + 1), options)
+    return Problem(name, train, validation, test, task)
 
 
-def _part(examples: Examples, first: int, end: int | None = None) -> Examples:
-    return Examples(examples.inputs[first:end], examples.labels[first:end])
+def _task(train: Examples, num_classes: int, options: Options) -> Task:
+    _, *shape = train.inputs.shape
+    augment = augmentation.named(options.augment, num_classes)
+
+    def model(seed: int) -> nnx.Module:
+        return StridedConvNet(tuple(shape), num_classes, rngs=nnx.Rngs(seed))
+
+    def batches(seed: int, first: int) -> Iterator[Examples]:
+        key = jax.random.fold_in(jax.random.key(seed), 1)
+        return augmentation.batches(augment, key, data.batches(train, BATCH_SIZE, seed, first), first)
+
+    return Task(model, batches, len(train.labels), methods.adamw)
 
 
-@functools.cache
-def _network(shape: tuple[int, int, int], num_classes: int) -> Network:
-    def initial(seed: int) -> nnx.State:
-        return nnx.state(StridedConvNet(shape, num_classes, rngs=nnx.Rngs(seed)), nnx.Param)
-
-    model = StridedConvNet(shape, num_classes, rngs=nnx.Rngs(0))
-    graphdef, _, rest = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]  # flax types it so
-
-    def logits(params: nnx.State, images: jax.Array) -> jax.Array:
-        return nnx.merge(graphdef, params, rest, copy=True)(images)
-
-    def losses(params: nnx.State, images: jax.Array, labels: jax.Array) -> jax.Array:
-        of = logits(params, images)
-        if labels.ndim == of.ndim:  # probabilities
-            return optax.softmax_cross_entropy(of, labels)
-        return optax.softmax_cross_entropy_with_integer_labels(of, labels)
-
-    def margins(params: nnx.State, images: jax.Array, labels: jax.Array) -> jax.Array:
-        of = logits(params, images)
-        right = jax.nn.one_hot(labels, num_classes, dtype=bool)
-        return jnp.where(right, -jnp.inf, of).max(axis=1) - jnp.where(right, of, -jnp.inf).max(axis=1)
-
-    return Network(initial, losses, margins)
-
-
-def _network_for(problem: Problem) -> Network:
-    _, *shape = problem.train.inputs.shape
-    return _network(tuple(shape), problem.num_classes)
-
-
-def _training_of(name: str, network: Network, options: Options) -> Training:
-    method, every = METHODS[name], options.penalty_every
-    num_steps = method.num_steps(options.budget, every) if options.equal == "time" else options.budget
-    return _training(method, network, num_steps, every)
-
-
-@functools.cache
-def _training(method: Method, network: Network, num_steps: int, penalty_every: int) -> Training:
-    """The steps of a method, compiled once for all strengths and seeds, and for networks of one shape."""
-    optimizer = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, num_steps))
-
-    def start(params: nnx.State, key: jax.Array) -> State:
-        return State(params, optimizer.init(params), key, jax.tree.map(jnp.zeros_like, params))
-
-    @functools.partial(jax.jit, static_argnames="refresh")
-    def step(state: State, strength: jax.Array, batch: Examples, *, refresh: bool) -> State:
-        key, *keys = jax.random.split(state.key, 3)
-        grads = method.gradient(network.losses, strength, keys[0], state.params, batch)
-        penalty_grads = state.penalty_grads
-        if method.penalty and refresh:
-            of_params = functools.partial(method.penalty, network.losses, keys[1])
-            penalty_grads = jax.grad(of_params)(state.params, batch)
-        if method.penalty:
-            grads = jax.tree.map(lambda g, h: g + strength * h, grads, penalty_grads)
-        updates, optimizer_state = optimizer.update(grads, state.optimizer_state, state.params)
-        return State(optax.apply_updates(state.params, updates), optimizer_state, key, penalty_grads)
-
-    refreshed, held = (functools.partial(step, refresh=refresh) for refresh in (True, False))
-    steps = (refreshed, *[held] * (penalty_every - 1)) if method.penalty else (refreshed,)
-    return Training(start, steps, num_steps)
-
-
-def _costs(
-    problem: Problem, names: list[str], options: Options, progress: Progress
-) -> dict[str, dict[str, float]]:
-    """Of each method the time of a step over a plain one's, as measured here and now."""
-    network, batch = _network_for(problem), next(data.batches(problem.train, BATCH_SIZE, seed=0))
-
-    def call(name: str) -> Callable[[], State]:
-        training = _training_of(name, network, options)
-        state = training.start(network.initial(0), jax.random.key(0))
-        strength = METHODS[name].strengths[0]
-
-        def cycle() -> State:
-            return functools.reduce(lambda state, step: step(state, strength, batch), training.steps, state)
-
-        return cycle
-
-    task = progress.add_task(f"costs, {problem.name}", total=len(names) * (1 + COST_REPETITIONS))
-    advance = functools.partial(progress.advance, task)
-    seconds = timing.interleaved({name: call(name) for name in names}, COST_REPETITIONS, advance)
-    every = {name: options.penalty_every if METHODS[name].penalty else 1 for name in names}
-    return timing.ratios(seconds, {name: Ratio(name, every[name], "plain") for name in names})
-
-
-def _train_and_attack(
-    problem: Problem, name: str, strength: float, seed: int, options: Options
-) -> dict[str, Any]:
-    network = _network_for(problem)
-    training = _training_of(name, network, options)
-    augment = augmentation.named(options.augment, problem.num_classes)
-    begin = time.perf_counter()
-    params = train(training, network, problem.train, strength, seed, augment=augment)
-    seconds = time.perf_counter() - begin
+def _methods(options: Options) -> dict[str, Method]:
+    """Plain training and the methods asked for."""
     return {
-        "steps": training.num_steps,
-        "seconds": seconds,
-        "validation": _accuracies(network, params, problem.validation, options, ("clean", "pgd")),
-        "test": _accuracies(network, params, problem.test, options, ("clean", "fgsm", "pgd")),
+        name: methods.lazy(method, options.penalty_every) if name in PENALTIES else method
+        for name, method in METHODS.items()
+        if name in ("plain", *options.methods)
     }
 
 
-def train(
-    training: Training,
-    network: Network,
-    examples: Examples,
-    strength: float,
-    seed: int,
-    *,
-    augment: Augment = augmentation.unchanged,
-) -> nnx.State:
-    """Trains once.
+def _costs(
+    problem: Problem, methods: dict[str, Method], options: Options, progress: Progress
+) -> dict[str, dict[str, float]]:
+    """Of each method the time of a step over a plain one's, as measured here and now."""
+    batch, key = next(problem.task.batches(0, 0)), jax.random.key(0)
 
-    Args:
-        training: The steps.
-        network: What it trains.
-        examples: What it trains on.
-        strength: That of the method.
-        seed: Of the initial weights, the order of the images, what is done to them, and the noise.
-        augment: What is done to each batch.
+    def call(method: Method) -> Callable[[], nnx.State]:
+        settings = _training_settings(method.strengths[0], 0, options)
+        steps = training.compiled(problem.task, method, settings.gradients, settings.schedule)
+        start = training.initial_state(problem.task, method, settings)
+        turns = (steps.step, *steps.between)
+        return lambda: functools.reduce(lambda state, step: step(state, key, batch), turns, start)
 
-    Returns:
-        The params.
-    """
-    key = jax.random.key(seed)
-    state = training.start(network.initial(seed), key)
-    batches = data.batches(examples, BATCH_SIZE, seed)
-    for i, step in enumerate(itertools.islice(itertools.cycle(training.steps), training.num_steps)):
-        state = step(state, strength, augment(key, i, next(batches)))
-    return jax.block_until_ready(state.params)
+    shown = progress.add_task(f"costs, {problem.name}", total=len(methods) * (1 + COST_REPETITIONS))
+    advance = functools.partial(progress.advance, shown)
+    calls = {name: call(method) for name, method in methods.items()}
+    seconds = timing.interleaved(calls, COST_REPETITIONS, advance)
+    wanted = {name: Ratio(name, 1 + len(method.between), "plain") for name, method in methods.items()}
+    return timing.ratios(seconds, wanted)
+
+
+def _training_settings(strength: float, seed: int, options: Options) -> Settings:
+    return Settings(options.budget, LEARNING_RATE, strength=strength, seed=seed, num_points=NUM_POINTS)
+
+
+def _runs(
+    problems: list[Problem],
+    methods: dict[str, Method],
+    options: Options,
+    journal: Journal,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """All trainings' figures; those that are new are told."""
+    trainings = [
+        (problem, name, strength, seed)
+        for problem, (name, method) in itertools.product(problems, methods.items())
+        for strength, seed in itertools.product(method.strengths, range(options.seeds))
+    ]
+    shown = progress.add_task("trainings", total=len(trainings))
+    runs = []
+    for problem, name, strength, seed in trainings:
+        title = f"{problem.name}, {name} {strength:g}, seed {seed}"
+        settings = _training_settings(strength, seed, options)
+        compute = functools.partial(_train_and_attack, problem, methods[name], settings, options, journal)
+        figures = journal.once(title, compute, functools.partial(_tell, progress, title))
+        runs.append({"data": problem.name, "method": name, "strength": strength, "seed": seed, **figures})
+        progress.advance(shown)
+    return runs
+
+
+def _train_and_attack(
+    problem: Problem, method: Method, settings: Settings, options: Options, journal: Journal
+) -> dict[str, Any]:
+    trained = training.train(problem.task, method, settings, journal=journal)
+    return {
+        "steps": training.num_steps(method, settings.gradients),
+        "seconds": trained.seconds,
+        "validation": _accuracies(trained.model, problem.validation, options, ("clean", "pgd")),
+        "test": _accuracies(trained.model, problem.test, options, ("clean", "fgsm", "pgd")),
+    }
 
 
 def _accuracies(
-    network: Network,
-    params: nnx.State,
-    examples: Examples,
-    options: Options,
-    wanted: tuple[str, ...],
+    model: nnx.Module, examples: Examples, options: Options, wanted: tuple[str, ...]
 ) -> dict[str, float]:
-    loss, margin = Partial(network.losses, params), Partial(network.margins, params)
+    losses, margins = Partial(_losses, model), Partial(_margins, model)
     images, labels = map(jnp.asarray, examples)
     radius, key = options.radius, jax.random.key(0)
 
     def attacked(attack: str) -> jax.Array:
         if attack == "fgsm":
-            return attacks.fgsm(loss, images, labels, radius)
+            return attacks.fgsm(losses, images, labels, radius)
         if attack == "pgd":
             sizes = {"num_steps": options.pgd_steps, "num_starts": options.starts}
-            return attacks.pgd(key, loss, images, labels, radius, score=margin, **sizes)
+            return attacks.pgd(key, losses, images, labels, radius, score=margins, **sizes)
         return images
 
-    return {attack: float(_share_right(margin, attacked(attack), labels)) for attack in wanted}
+    return {attack: float(_share_right(margins, attacked(attack), labels)) for attack in wanted}
+
+
+def _losses(model: Any, images: Any, labels: Any) -> jax.Array:
+    """The examples' cross-entropies."""
+    logits = model(images)
+    if labels.ndim == logits.ndim:  # probabilities
+        return optax.softmax_cross_entropy(logits, labels)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+
+def _margins(model: Any, images: Any, labels: Any) -> jax.Array:
+    """The largest wrong logit minus the right one: positive where the network is wrong."""
+    logits = model(images)
+    right = jax.nn.one_hot(labels, logits.shape[1], dtype=bool)
+    return jnp.where(right, -jnp.inf, logits).max(axis=1) - jnp.where(right, logits, -jnp.inf).max(axis=1)
 
 
 @jax.jit
-def _share_right(margin: Partial, images: jax.Array, labels: jax.Array) -> jax.Array:
-    return jnp.mean(margin(images, labels) < 0)
+def _share_right(margins: Partial, images: jax.Array, labels: jax.Array) -> jax.Array:
+    return jnp.mean(margins(images, labels) < 0)
 
 
 def _by_strength(runs: list[dict[str, Any]], method: str) -> dict[float, list[dict[str, Any]]]:
@@ -526,15 +413,12 @@ def _by_strength(runs: list[dict[str, Any]], method: str) -> dict[float, list[di
     }
 
 
-def _settings(options: Options, problems: list[Problem], names: list[str]) -> dict[str, Any]:
+def _settings(options: Options, problems: list[Problem], methods: dict[str, Method]) -> dict[str, Any]:
     """What somebody needs to know to repeat the run."""
     wanted = ("seeds", "equal", "budget", "penalty_every", "augment", "radius", "pgd_steps", "starts")
-    methods = {
-        name: {
-            "strengths": list(METHODS[name].strengths),
-            "cost": METHODS[name].mean_cost(options.penalty_every),
-        }
-        for name in names
+    told = {
+        name: {"strengths": list(method.strengths), "cost": method.gradients_per_step}
+        for name, method in methods.items()
     }
     sizes = {
         problem.name: {
@@ -549,17 +433,15 @@ def _settings(options: Options, problems: list[Problem], names: list[str]) -> di
         "learning_rate": LEARNING_RATE,
         "tolerated_loss": TOLERATED_LOSS,
         "matched_within": MATCHED_WITHIN,
-        "methods": methods,
+        "methods": told,
         "data": sizes,
     }
 
 
-def _line(run: dict[str, Any]) -> str:
+def _tell(progress: Progress, title: str, run: dict[str, Any]) -> None:
     clean, fgsm, pgd = (f"{100 * run['test'][attack]:.1f}" for attack in ("clean", "fgsm", "pgd"))
-    return (
-        f"{run['data']}, {run['method']} {run['strength']:g}, seed {run['seed']}: clean {clean} %, "
-        f"FGSM {fgsm} %, PGD {pgd} %, {run['seconds']:.1f} s"
-    )
+    text = f"{title}: clean {clean} %, FGSM {fgsm} %, PGD {pgd} %, {run['seconds']:.1f} s"
+    progress.console.print(text, highlight=False, soft_wrap=True)
 
 
 def _row(
@@ -614,68 +496,39 @@ def _plot_method(axes: Axes, method: str, runs: list[dict[str, Any]], chosen: fl
             for group in by_strength.values()
         ]
     )
-    (x, y), (xerr, yerr) = accuracies.mean(axis=2).T, _deviations(accuracies).T
+    deviations = plots.deviation(accuracies.transpose(2, 0, 1))
+    (x, y), (xerr, yerr) = accuracies.mean(axis=2).T, deviations.T
     colour, marker = STYLES[method]
-    axes.errorbar(
-        x,
-        y,
-        yerr,
-        xerr,
-        color=colour,
-        marker=marker,
-        markerfacecolor="white",
-        linewidth=1.5,
-        elinewidth=0.8,
-        capsize=2,
-        label=method,
-    )
+    style: dict[str, Any] = {"color": colour, "marker": marker}
+    widths: dict[str, Any] = {"linewidth": 1.5, "elinewidth": 0.8, "capsize": 2}
+    axes.errorbar(x, y, yerr, xerr, markerfacecolor="white", label=method, **style, **widths)
     for i, strength in enumerate(by_strength):
         if strength == chosen:
-            axes.plot(x[i], y[i], marker=marker, color=colour, zorder=3)
+            axes.plot(x[i], y[i], zorder=3, **style)
 
 
-def _deviations(accuracies: np.ndarray) -> np.ndarray:
-    return accuracies.std(axis=2, ddof=min(1, accuracies.shape[2] - 1))
+def _input_gradient(loss: Loss, key: jax.Array, model: nnx.Module, batch: Examples) -> jax.Array:
+    del loss, key
+    losses = functools.partial(_losses, model, labels=batch.labels)
+    return penalties.input_gradient(losses, batch.inputs).mean()
 
 
-def _plain(
-    losses: Losses, strength: jax.Array, key: jax.Array, params: nnx.State, batch: Examples
-) -> nnx.State:
-    del strength, key
-    return jax.grad(lambda params: losses(params, *batch).mean())(params)
-
-
-def _nso(
-    losses: Losses, strength: jax.Array, key: jax.Array, params: nnx.State, batch: Examples
-) -> nnx.State:
-    fun = lambda params: losses(params, *batch).mean()  # noqa: E731
-    # Signs, because at this batch size normal noise for all weights takes as long as a gradient.
-    return nso_jax.value_and_grad(fun, sigma=strength, sampler=noise.rademacher)(key, params)[1]
-
-
-def _input_gradient(losses: Losses, key: jax.Array, params: nnx.State, batch: Examples) -> jax.Array:
-    del key
-    fun = lambda images: losses(params, images, batch.labels)  # noqa: E731
-    return penalties.input_gradient(fun, batch.inputs).mean()
-
-
-def _input_hessian(losses: Losses, key: jax.Array, params: nnx.State, batch: Examples) -> jax.Array:
-    fun = lambda images: losses(params, images, batch.labels)  # noqa: E731
-    return penalties.input_hessian_norm(key, fun, batch.inputs).mean()
-
-
-def _hessian_trace(losses: Losses, key: jax.Array, params: nnx.State, batch: Examples) -> jax.Array:
-    fun = lambda params: losses(params, *batch).mean()  # noqa: E731
-    return penalties.hessian_trace(key, fun, params)
+def _input_hessian(loss: Loss, key: jax.Array, model: nnx.Module, batch: Examples) -> jax.Array:
+    del loss
+    losses = functools.partial(_losses, model, labels=batch.labels)
+    return penalties.input_hessian_norm(key, losses, batch.inputs).mean()
 
 
 # Costs: medians on two CPU cores, for images of 28x28. Strengths: from a small effect to a loss of accuracy.
 METHODS = {
-    "plain": Method((0.0,), 1.0, _plain),
-    "input-gradient": Method((0.1, 0.3, 0.6, 1.0, 2.0, 3.0, 5.0, 8.0), 2.5, _plain, _input_gradient),
-    "input-hessian": Method((0.03, 0.1, 0.3, 1.0, 2.0, 4.0), 4.75, _plain, _input_hessian),
-    "nso": Method((0.04, 0.08, 0.1, 0.12, 0.16), 2.0, _nso),
-    "hessian-trace": Method((1e-4, 1e-3, 3e-3, 1e-2), 3.0, _plain, _hessian_trace),
+    "plain": Method(methods.plain),
+    "input-gradient": Method(
+        methods.penalized(_input_gradient), 2.5, (0.1, 0.3, 0.6, 1.0, 2.0, 3.0, 5.0, 8.0)
+    ),
+    "input-hessian": Method(methods.penalized(_input_hessian), 4.75, (0.03, 0.1, 0.3, 1.0, 2.0, 4.0)),
+    # Signs, because at this batch size normal noise for all weights takes as long as a gradient.
+    "nso": methods.nso(sampler=noise.rademacher, strengths=(0.04, 0.08, 0.1, 0.12, 0.16)),
+    "hessian-trace": methods.METHODS["seht"]._replace(strengths=(1e-4, 1e-3, 3e-3, 1e-2)),
 }
 # Colours of Okabe and Ito.
 STYLES = {
@@ -685,12 +538,4 @@ STYLES = {
     "nso": ("#0072B2", "^"),
     "hessian-trace": ("#009E73", "v"),
 }
-HEADERS: tuple[str, ...] = (
-    "method",
-    "clean (%)",
-    "FGSM (%)",
-    "PGD (%)",
-    "cost",
-    "steps",
-    "time (s)",
-)
+HEADERS: tuple[str, ...] = ("method", "clean (%)", "FGSM (%)", "PGD (%)", "cost", "steps", "time (s)")

@@ -1,8 +1,7 @@
-"""The demo's table, from its figures: rows, Markdown, and the copy in README.md."""
+"""Figures as text: numbers, tables in Markdown, their copies in README.md, and JSON."""
 
 import json
 import math
-import statistics
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -19,40 +18,6 @@ class Tabular(Protocol):
 
     def caption(self, results: dict[str, Any], /) -> str:
         """What the table shows, in a few sentences."""
-
-
-HEADERS: tuple[str, ...] = (
-    "method",
-    "test accuracy (%)",
-    "loss gap",
-    "Hessian trace",
-    "its SE",
-    "largest eigenvalue",
-    "seconds",
-)
-
-
-def rows(results: dict[str, Any]) -> list[list[str]]:
-    """One row for each method, every cell a mean and a standard deviation over the seeds."""
-    return [_row(name, results["runs"]) for name in results["settings"]["methods"]]
-
-
-def caption(results: dict[str, Any]) -> str:
-    """What the table shows, in a few sentences."""
-    settings, machine = results["settings"], results["machine"]
-    return (
-        f"Mean ± standard deviation over {settings['seeds']} seeds: of the initial weights, the data order, "
-        f"the noise, and which {settings['num_train']} digits are trained on, "
-        f"{100 * settings['wrong_labels']:.0f} % of them with a wrong label. "
-        f"The {settings['num_test']:,} test images are always the same, with right labels. "
-        f"Every method takes {settings['gradient_evaluations']:,} gradient evaluations "
-        f"on {settings['batch_size']} images each. Loss gap: test loss minus training loss, "
-        "with as many wrong labels in both. "
-        "Trace and largest eigenvalue: of the Hessian of the training loss over all training images, in "
-        "evaluation mode. Its SE: the standard error of one seed's trace, from "
-        f"{settings['final_products']} Hessian-vector products. Seconds: to train one seed, without "
-        f"compiling and measuring, on {machine['cpu_count']} CPU cores ({machine['device']})."
-    )
 
 
 def markdown(tabular: Tabular, results: dict[str, Any]) -> str:
@@ -102,28 +67,6 @@ def _lines(value: Any) -> str:
     if isinstance(value, list) and value and isinstance(value[0], dict):
         return "[\n" + ",\n".join(json.dumps(item) for item in value) + "\n ]"
     return json.dumps(value)
-
-
-def _row(name: str, runs: list[dict[str, Any]]) -> list[str]:
-    mine = [run for run in runs if run["method"] == name]
-
-    def column(key: str) -> list[float]:
-        return [run[key] for run in mine]
-
-    return [
-        name,
-        _spread([100 * value for value in column("test_accuracy")]),
-        _spread(column("loss_gap")),
-        _spread(column("trace")),
-        number(math.sqrt(statistics.mean(error**2 for error in column("trace_standard_error")))),
-        _spread(column("largest_eigenvalue")),
-        _spread(column("seconds"), digits=2),
-    ]
-
-
-def _spread(values: list[float], digits: int = 3) -> str:
-    """Mean ± standard deviation."""
-    return with_error(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None, digits)
 
 
 def with_error(mean: float, error: float | None, digits: int = 3) -> str:

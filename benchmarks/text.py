@@ -3,18 +3,29 @@
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from flax import nnx
 from rich.progress import Progress
 
-from benchmarks import arguments, bert, comparison, data, ways
+from benchmarks import arguments, bert, comparison, data
 from benchmarks.comparison import Problem, Split
 from benchmarks.data import Examples
 from benchmarks.journal import Journal
+from benchmarks.methods import Name, adamw
 from benchmarks.training import Task
 
+# Smaller than for networks that are trained from scratch: the weights are good already.
+STRENGTHS = {
+    "sam": (0.01, 0.03, 0.1),
+    "asam": (0.03, 0.1, 0.3),
+    "nso": (0.001, 0.003, 0.006),
+    "nso-relative": (0.03, 0.1, 0.2),
+    "nso-micro": (0.03, 0.1, 0.2),
+    "wp-micro": (0.03, 0.1, 0.2),
+}
 HEADERS, rows, plot = comparison.HEADERS, comparison.rows, comparison.plot
 
 
@@ -39,11 +50,18 @@ class Options(comparison.Options):
     validation_texts: arguments.Count = 200
     test_texts: arguments.Count = 500
     dropout: bool = False
-    methods: tuple[ways.Name, ...] = ("adam", "sam", "asam", "nso", "nso-micro", "wp-micro")
+    methods: tuple[Name, ...] = ("adam", "sam", "nso", "nso-micro")
     gradients: arguments.Count = 64
     batch_size: arguments.Count = 16
     rates: tuple[float, ...] = (1e-4,)
-    weight_decays: tuple[float, ...] = (0.0, 1e-2)
+    weight_decays: tuple[float, ...] = (0.0, 1e-2, 1e-1)
+    points: arguments.Count = 2
+    point_products: arguments.Count = 4
+    final_products: arguments.Count = 8
+    # XTrace keeps 16 bytes for each weight and product, and of these weights there are 22 million.
+    trace_method: Literal["xtrace", "hutchinson"] = "hutchinson"
+    eigenvalue_tol: float = 1e-2
+    work: Path = Path("runs/text")
 
 
 def run(options: Options, progress: Progress) -> dict[str, Any]:
@@ -84,8 +102,8 @@ def make_problem(options: Options) -> Problem:
     def batches(seed: int, first: int) -> Iterator[Examples]:
         return data.batches(split(seed).train, options.batch_size, seed, first)
 
-    task = Task(model, batches, options.per_class * num_classes, ways.adamw)
-    return Problem("text", task, split)
+    task = Task(model, batches, options.per_class * num_classes, adamw)
+    return Problem(data.name(options.data), task, split, STRENGTHS)
 
 
 def caption(results: dict[str, Any]) -> str:

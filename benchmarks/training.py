@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from benchmarks import ways
+from benchmarks import methods
 from benchmarks.data import Examples
 from benchmarks.journal import Journal
+from benchmarks.methods import Method
 from benchmarks.models import cross_entropy
-from benchmarks.ways import Method
 
 REFRESHING_BATCHES = 50  # for the batch statistics of averaged weights
 
@@ -27,6 +27,7 @@ SCHEDULES: dict[str, Callable[[Any], Any]] = {
 }
 
 Measure = Callable[[nnx.Module], dict[str, float]]
+Step = Callable[[nnx.State, jax.Array, Examples], nnx.State]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -44,8 +45,8 @@ class Task:
     model: Callable[[int], nnx.Module]
     batches: Callable[[int, int], Iterator[Examples]]
     num_examples: int
-    optimizer: ways.Optimizer = ways.sgd
-    loss: ways.Loss = cross_entropy
+    optimizer: methods.Optimizer = methods.sgd
+    loss: methods.Loss = cross_entropy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Settings:
         gradients: Gradient evaluations, whatever the method.
         learning_rate: Where the optimizer's schedule starts.
         weight_decay: For all weights.
-        strength: Of the method: see `ways.Method`.
+        strength: Of the method: see `methods.Method`.
         schedule: Of the strength: see `SCHEDULES`.
         seed: Of the initial weights, the order of the examples, the dropout and the noise.
         num_points: How often to measure, at even distances, the last time at the end.
@@ -78,11 +79,17 @@ class Steps(NamedTuple):
         num_steps: How many make a training.
         graphdef: The structure of the model and its optimizer, of which `step` changes the state.
         step: `step(state, key, batch) -> state`.
+        between: Like it, the steps between two of it.
     """
 
     num_steps: int
     graphdef: nnx.GraphDef[Any]
-    step: Callable[[nnx.State, jax.Array, Examples], nnx.State]
+    step: Step
+    between: tuple[Step, ...] = ()
+
+    def at(self, number: int) -> Step:
+        """The step of a number in the training, from 0 on."""
+        return (self.step, *self.between)[number % (1 + len(self.between))]
 
 
 class Trained(NamedTuple):
@@ -106,7 +113,7 @@ def train(
     *,
     measure: Measure = lambda _: {},
     journal: Journal | None = None,
-    advance: Callable[[int], None] = lambda _: None,
+    advance: Callable[[float], None] = lambda _: None,
 ) -> Trained:
     """Trains once.
 
@@ -135,8 +142,8 @@ def train(
         if point <= done:
             continue
         start = time.perf_counter()
-        for _ in range(point - done):
-            state = steps.step(state, key, next(batches))
+        for number in range(done, point):
+            state = steps.at(number)(state, key, next(batches))
             advance(method.gradients_per_step)
         jax.block_until_ready(state)
         seconds += time.perf_counter() - start
@@ -159,22 +166,32 @@ def compiled(task: Task, method: Method, gradients: int, schedule: str) -> Steps
     settings = Settings(gradients, learning_rate=0.0)
     count = num_steps(method, gradients)
     graphdef = nnx.graphdef(_model_and_optimizer(task, method, settings))
-    update = method.update(task.loss)
 
-    @jax.jit
-    def step(state: nnx.State, key: jax.Array, batch: Examples) -> nnx.State:
-        model, optimizer = nnx.merge(graphdef, state)
-        number = optimizer.step[...]
-        strength = optimizer.opt_state.hyperparams["strength"][...] * SCHEDULES[schedule](number / count)
-        update(model, optimizer, jax.random.fold_in(key, number), strength, batch)
-        return nnx.state((model, optimizer))
+    @functools.cache
+    def made(of: Callable[[methods.Loss], methods.Update]) -> Step:
+        update = of(task.loss)
 
-    return Steps(count, graphdef, step)
+        @jax.jit
+        def step(state: nnx.State, key: jax.Array, batch: Examples) -> nnx.State:
+            model, optimizer = nnx.merge(graphdef, state)
+            number = optimizer.step[...]
+            strength = optimizer.opt_state.hyperparams["strength"][...] * SCHEDULES[schedule](number / count)
+            update(model, optimizer, jax.random.fold_in(key, number), strength, batch)
+            return nnx.state((model, optimizer))
+
+        return step
+
+    steps = Steps(count, graphdef, made(method.update), tuple(map(made, method.between)))
+    # Called here, so that no training's time has the compiler's in it.
+    state, batch = initial_state(task, method, settings), next(task.batches(0, 0))
+    for number in range(1 + len(steps.between)):
+        steps.at(number)(state, jax.random.key(0), batch)
+    return steps
 
 
 def num_steps(method: Method, gradients: int) -> int:
     """How many steps so many gradient evaluations make."""
-    return max(1, gradients // method.gradients_per_step)
+    return max(1, int(gradients / method.gradients_per_step))
 
 
 def points(count: int, num_points: int) -> list[int]:
@@ -185,7 +202,7 @@ def points(count: int, num_points: int) -> list[int]:
 def evaluated(task: Task, graphdef: nnx.GraphDef[Any], state: nnx.State, seed: int) -> nnx.Module:
     """The model in evaluation mode; with averaged weights, if its optimizer averages them."""
     model, optimizer = nnx.merge(graphdef, state)
-    mean = ways.averaged(optimizer, nnx.state(model, nnx.Param))
+    mean = methods.averaged(optimizer, nnx.state(model, nnx.Param))
     if mean is not None:
         nnx.update(model, mean)
         _refresh_statistics(model, task.batches(seed, 0))

@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from jax.flatten_util import ravel_pytree
 from matplotlib.axes import Axes
@@ -20,10 +19,12 @@ from matplotlib.ticker import NullLocator, StrMethodFormatter
 from rich.progress import Progress
 
 import nso_jax
-from benchmarks import arguments, data, measuring, models, plots
+from benchmarks import arguments, data, measuring, models, plots, training
 from benchmarks.data import Examples, Split
 from benchmarks.measuring import Gauge, Network
-from nso_jax import noise, parallel, sharpness
+from benchmarks.methods import METHODS, MOMENTUM, Method, nso
+from benchmarks.training import Settings, Task
+from nso_jax import noise, parallel
 from nso_jax.noise import Sigma
 
 MEASURED_WIDTHS = (64, 64, 10)
@@ -35,7 +36,6 @@ WARM_UP_RATE = 0.1
 
 TRAINED_WIDTHS = (64, 128, 128, 10)
 BATCH_SIZE = 64
-MOMENTUM = 0.9
 NUM_PRODUCTS = 100
 
 CASE_COLOURS = ("#0072B2", "#D55E00", "#CC79A7")
@@ -52,7 +52,6 @@ HEADERS = (
 
 Loss = Callable[[nnx.State, Examples], jax.Array]
 Flat = Callable[[jax.Array, nnx.State, Examples], jax.Array]
-WithStrength = Callable[[Any, jax.Array, nnx.State, Examples], nnx.State]
 
 
 class Case(NamedTuple):
@@ -67,7 +66,7 @@ class Case(NamedTuple):
     num_distinct: int = NUM_EXAMPLES
 
 
-class Task(NamedTuple):
+class Digits(NamedTuple):
     """Digits to learn, and what all methods have in common.
 
     Attributes:
@@ -81,20 +80,6 @@ class Task(NamedTuple):
     wrong_labels: float
     learning_rate: float
     weight_decay: dict[str, float]
-
-
-class Method(NamedTuple):
-    """A way to train.
-
-    Attributes:
-        gradient: `gradient(strength, key, params, examples) -> grads`.
-        strengths: What is tried: rho for SAM, noise over weight for NSO.
-        gradients_per_step: Gradient evaluations of a step.
-    """
-
-    gradient: WithStrength
-    strengths: tuple[float, ...] = (0.0,)
-    gradients_per_step: int = 2
 
 
 class Estimate(NamedTuple):
@@ -115,8 +100,8 @@ CASES = {
 # with one weight decay and three weight decays with one rate, each with several of RHOS or SCALES. Methods
 # share a value where no other was better by more than .3 points.
 TASKS = {
-    "right": Task(200, 0.0, learning_rate=0.1, weight_decay={"sgd": 1e-3, "sam": 1e-3, "nso": 1e-3}),
-    "20 % wrong": Task(400, 0.2, learning_rate=0.1, weight_decay={"sgd": 2e-2, "sam": 5e-3, "nso": 5e-3}),
+    "right": Digits(200, 0.0, learning_rate=0.1, weight_decay={"sgd": 1e-3, "sam": 1e-3, "nso": 1e-3}),
+    "20 % wrong": Digits(400, 0.2, learning_rate=0.1, weight_decay={"sgd": 2e-2, "sam": 5e-3, "nso": 5e-3}),
 }
 RHOS = (0.1, 0.2, 0.35, 0.5, 0.7)
 Microbatches = Literal[1, 4, 16]
@@ -168,12 +153,12 @@ def run(options: Options, progress: Progress) -> dict[str, Any]:
         "warm_up_steps": WARM_UP_STEPS,
         "num_test": data.NUM_TEST,
         "products": NUM_PRODUCTS,
-        "tasks": {name: task._asdict() for name, task in TASKS.items()},
+        "tasks": {name: digits._asdict() for name, digits in TASKS.items()},
     }
     return {
         "settings": settings,
         "variance": list(_variances(options.draws, advance)),
-        "training": list(_trainings(methods, options.seeds, options.steps, advance)),
+        "training": list(_trainings(methods, options, advance)),
     }
 
 
@@ -245,9 +230,8 @@ def plot(results: dict[str, Any]) -> bytes:
 
 def _variances(draws: int, advance: Callable[[], None]) -> Iterator[dict[str, Any]]:
     """Of each case, the variance for each number of parts, over that for one, times the parts."""
-    loss, params = models.pure_loss(models.MLP(MEASURED_WIDTHS, rngs=nnx.Rngs(0)))
     examples = data.digits(0, NUM_EXAMPLES).train
-    params = _warmed_up(loss, params, examples)
+    loss, params = models.pure_loss(_warmed_up(examples))
     seeds = itertools.count()
     for name, case in CASES.items():
         one: Estimate | None = None
@@ -272,11 +256,13 @@ def _divided(loss: Loss, sigma: Sigma, parts: int) -> dict[str, Flat]:
     mesh = jax.make_mesh(
         (parts,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:parts]
     )
-    ways = {
+    gradients = {
         "microbatches": parallel.microbatch(nso_jax.value_and_grad(loss, sigma=sigma), parts),
         "devices": parallel.value_and_grad(loss, sigma=sigma, mesh=mesh),
     }
-    return {kind: jax.jit(lambda *args, fn=fn: ravel_pytree(fn(*args)[1])[0]) for kind, fn in ways.items()}
+    return {
+        kind: jax.jit(lambda *args, fn=fn: ravel_pytree(fn(*args)[1])[0]) for kind, fn in gradients.items()
+    }
 
 
 def _batch(examples: Examples, num_distinct: int, kind: str) -> Examples:
@@ -309,88 +295,75 @@ def _times_parts(estimate: Estimate, one: Estimate, parts: int) -> Estimate:
     return Estimate(value, value * math.hypot(*relative))
 
 
-def _warmed_up(loss: Loss, params: nnx.State, examples: Examples) -> nnx.State:
-    """The params after some plain steps on all examples."""
-    optimizer = optax.sgd(WARM_UP_RATE, momentum=MOMENTUM)
+def _warmed_up(examples: Examples) -> nnx.Module:
+    """A network after some plain steps on all examples."""
+    task = Task(_model(MEASURED_WIDTHS), lambda *_: itertools.repeat(examples), NUM_EXAMPLES)
+    return training.train(task, METHODS["sgd"], Settings(WARM_UP_STEPS, WARM_UP_RATE)).model
 
-    @jax.jit
-    def step(params: nnx.State, state: optax.OptState) -> tuple[nnx.State, optax.OptState]:
-        updates, state = optimizer.update(jax.grad(loss)(params, examples), state, params)
-        return optax.apply_updates(params, updates), state
 
-    state = optimizer.init(params)
-    for _ in range(WARM_UP_STEPS):
-        params, state = step(params, state)
-    return params
+def _model(widths: tuple[int, ...]) -> Callable[[int], models.MLP]:
+    return lambda seed: models.MLP(widths, rngs=nnx.Rngs(seed))
 
 
 def _methods(microbatches: Sequence[int]) -> dict[tuple[str, int], Method]:
     """The methods by name and number of microbatches, which is 0 without noise."""
-    loss, _ = models.pure_loss(_trained_model(seed=0))
-    averaged = {("nso", count): Method(_nso(loss, count), SCALES) for count in dict.fromkeys(microbatches)}
     return {
-        ("sgd", 0): Method(_sgd(loss), gradients_per_step=1),
-        ("sam", 0): Method(_sam(loss), RHOS),
-    } | averaged
-
-
-def _sgd(loss: Loss) -> WithStrength:
-    def gradient(strength: Any, key: jax.Array, params: nnx.State, examples: Examples) -> nnx.State:
-        del strength, key
-        return jax.grad(loss)(params, examples)
-
-    return gradient
-
-
-def _sam(loss: Loss) -> WithStrength:
-    def gradient(rho: Any, key: jax.Array, params: nnx.State, examples: Examples) -> nnx.State:
-        return sharpness.sam(loss, rho=rho)(key, params, examples)[1]
-
-    return gradient
-
-
-def _nso(loss: Loss, num_microbatches: int) -> WithStrength:
-    def gradient(scale: Any, key: jax.Array, params: nnx.State, examples: Examples) -> nnx.State:
-        value_and_grad = nso_jax.value_and_grad(loss, sigma=noise.relative(scale))
-        return parallel.microbatch(value_and_grad, num_microbatches)(key, params, examples)[1]
-
-    return gradient
+        ("sgd", 0): METHODS["sgd"],
+        ("sam", 0): METHODS["sam"]._replace(strengths=RHOS),
+        **{
+            ("nso", count): nso(relative=True, num_microbatches=count, strengths=SCALES)
+            for count in dict.fromkeys(microbatches)
+        },
+    }
 
 
 def _trainings(
-    methods: dict[tuple[str, int], Method], seeds: int, steps: int, advance: Callable[[], None]
+    methods: dict[tuple[str, int], Method], options: Options, advance: Callable[[], None]
 ) -> Iterator[dict[str, Any]]:
     """What each method reaches on each task, at each strength."""
-    gauge = measuring.gauge(measuring.split_network(_trained_model(seed=0))[0])
-    for task_name, task in TASKS.items():
-        splits = [data.digits(seed, task.num_train, task.wrong_labels) for seed in range(seeds)]
+    gauge = measuring.gauge(measuring.split_network(_model(TRAINED_WIDTHS)(0))[0])
+    for task_name, digits in TASKS.items():
+        splits = [data.digits(seed, digits.num_train, digits.wrong_labels) for seed in range(options.seeds)]
+        task = _task(splits, digits.num_train)
         for (name, count), method in methods.items():
-            train = functools.partial(
-                _train,
-                gradient=method.gradient,
-                num_steps=2 * steps // method.gradients_per_step,
-                learning_rate=task.learning_rate,
-                weight_decay=task.weight_decay[name],
-            )
-            for row in _sweep(train, method.strengths, splits, gauge, advance):
+            settings = Settings(2 * options.steps, digits.learning_rate, digits.weight_decay[name])
+            train = functools.partial(_train, task=task, method=method, settings=settings, advance=advance)
+            for row in _sweep(train, method.strengths, splits, gauge):
                 yield {"task": task_name, "method": name, "num_microbatches": count, **row}
 
 
-def _sweep(
-    train: Callable[[float, int, Examples], Network],
-    strengths: tuple[float, ...],
-    splits: list[Split],
-    gauge: Gauge,
+def _task(splits: list[Split], num_train: int) -> Task:
+    """That of the seeds with these splits."""
+
+    def batches(seed: int, first: int) -> Iterator[Examples]:
+        return data.batches(splits[seed].train, BATCH_SIZE, seed, first)
+
+    return Task(_model(TRAINED_WIDTHS), batches, num_train)
+
+
+def _train(
+    strength: float,
+    seed: int,
+    *,
+    task: Task,
+    method: Method,
+    settings: Settings,
     advance: Callable[[], None],
+) -> Network:
+    settings = dataclasses.replace(settings, strength=strength, seed=seed)
+    model = training.train(task, method, settings).model
+    advance()
+    return measuring.split_network(model)[1]
+
+
+def _sweep(
+    train: Callable[[float, int], Network], strengths: tuple[float, ...], splits: list[Split], gauge: Gauge
 ) -> list[dict[str, Any]]:
     """For each strength the accuracies by seed; for that of the best validation accuracy the traces too."""
     networks: dict[float, list[Network]] = {}
     swept: list[dict[str, Any]] = []
     for strength in strengths:
-        networks[strength] = []
-        for seed, split in enumerate(splits):
-            networks[strength].append(train(strength, seed, split.train))
-            advance()
+        networks[strength] = [train(strength, seed) for seed in range(len(splits))]
         swept.append({"strength": strength, **_accuracies(gauge, networks[strength], splits)})
     best = max(swept, key=lambda row: statistics.mean(row["validation_accuracy"]))
     best["trace"] = _traces(gauge, networks[best["strength"]], splits)
@@ -408,66 +381,6 @@ def _accuracies(gauge: Gauge, networks: list[Network], splits: list[Split]) -> d
 def _traces(gauge: Gauge, networks: list[Network], splits: list[Split]) -> list[float]:
     pairs = zip(networks, splits, strict=True)
     return [measuring.measure_point(gauge, net, split, NUM_PRODUCTS)["trace"] for net, split in pairs]
-
-
-def _train(
-    strength: float,
-    seed: int,
-    examples: Examples,
-    *,
-    gradient: WithStrength,
-    num_steps: int,
-    learning_rate: float,
-    weight_decay: float,
-) -> Network:
-    """Trains once; the seed is that of the initial weights, the order of the examples and the noise."""
-    stream = data.batches(examples, BATCH_SIZE, seed)
-    batches = [next(stream) for _ in range(num_steps)]
-    network = measuring.split_network(_trained_model(seed))[1]
-    params = _after_all(
-        gradient,
-        jax.random.key(seed),
-        network.params,
-        jax.tree.map(lambda *xs: np.stack(xs), *batches),
-        strength=strength,
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-    )
-    return network._replace(params=params)
-
-
-@functools.partial(jax.jit, static_argnames="gradient")
-def _after_all(
-    gradient: WithStrength,
-    key: jax.Array,
-    params: nnx.State,
-    batches: Examples,
-    *,
-    strength: Any,
-    learning_rate: Any,
-    weight_decay: Any,
-) -> nnx.State:
-    """The params after a step on each batch, by momentum with weight decay and a cosine schedule."""
-    num_steps = len(batches.labels)
-    schedule = optax.cosine_decay_schedule(learning_rate, num_steps)
-    optimizer = optax.chain(
-        optax.add_decayed_weights(weight_decay),
-        optax.sgd(lambda count: schedule(count.astype(jnp.float32)), momentum=MOMENTUM),
-    )
-
-    def step(carry: Any, now: Any) -> tuple[Any, None]:
-        (params, state), (i, examples) = carry, now
-        grads = gradient(strength, jax.random.fold_in(key, i), params, examples)
-        updates, state = optimizer.update(grads, state, params)
-        return (optax.apply_updates(params, updates), state), None
-
-    carry = (params, optimizer.init(params))
-    (params, _), _ = jax.lax.scan(step, carry, (jnp.arange(num_steps), batches))
-    return params
-
-
-def _trained_model(seed: int) -> models.MLP:
-    return models.MLP(TRAINED_WIDTHS, rngs=nnx.Rngs(seed))
 
 
 def _gains(results: dict[str, Any]) -> str:

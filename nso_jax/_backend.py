@@ -54,6 +54,19 @@ def zero_once_computed(tree: PyTree) -> Any:
     return (sum(entries, start=jnp.float32(0)) > math.inf).astype(jnp.int32)
 
 
+def for_each_weight(scale: jax.Array, w: jax.Array) -> jax.Array:
+    """`scale`, in the shape of `w`.
+
+    XLA:CPU moves a scalar factor of the noise into both W + U and W - U, and draws the noise in each of them
+    again: a step of a small network then takes twice as long. One for each weight stays where it is.
+    """
+    full = jnp.broadcast_to(scale, w.shape)
+    if not on_cpu() or scale.shape == w.shape:
+        return full
+    # For NaN, which no noise makes better, it may be anything, but XLA does not know.
+    return jnp.where(jnp.isnan(w), jnp.zeros((), full.dtype), full)
+
+
 def with_fast_bits(key: jax.Array) -> jax.Array:
     """A key that gives the same random words as `key`, in a fraction of the time on CPU.
 

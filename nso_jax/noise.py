@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nso_jax._backend import with_fast_bits
+from nso_jax._backend import for_each_weight, with_fast_bits
 from nso_jax._checks import PyTree, as_key, broadcast_prefix, check_inexact, check_nonnegative, leaf_mask
 
 Sampler = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
@@ -367,7 +367,7 @@ def _scaled_draw(key: jax.Array, leaf: Any, sigma: Any, sampler: Sampler, path: 
         u = sampler(key, w.shape, real)
         if jnp.shape(u) != w.shape:
             raise ValueError(f"sampler: returned shape {jnp.shape(u)} for leaf {path} of shape {w.shape}.")
-        return jnp.broadcast_to(jnp.asarray(sigma).astype(real), w.shape) * jnp.asarray(u, real)
+        return for_each_weight(jnp.asarray(sigma).astype(real), w) * jnp.asarray(u, real)
 
     if jnp.iscomplexobj(w):
         return jax.lax.complex(*map(draw, jax.random.split(key))) / math.sqrt(2.0)

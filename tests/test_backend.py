@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import nso_jax
 from nso_jax import _backend, noise
 
 
@@ -56,3 +57,23 @@ def test_fast_bits_are_not_a_loop_over_arrays(key):
     """JAX's own are one on CPU, in which every array goes through memory in each of the twenty rounds."""
     program = jax.jit(lambda key: noise.normal(key, (64, 64))).lower(key).compile().as_text()
     assert " while(" not in program
+
+
+def test_noise_is_drawn_once_for_both_sides_with_a_traced_sigma_too(key):
+    """Counted in the compiled program: by the operation that Threefry's rounds consist of."""
+    params = {"w": jnp.ones((64, 64)), "b": jnp.ones(64)}
+    x = jnp.ones((8, 64))
+
+    def rounds(*sigma):
+        loss = lambda p: jnp.mean(jnp.tanh(x @ p["w"] + p["b"][None]) ** 2)  # noqa: E731
+        step = lambda params, key, *sigma: nso_jax.value_and_grad(loss, sigma=(*sigma, 0.1)[0])(key, params)  # noqa: E731
+        return jax.jit(step).lower(params, key, *sigma).compile().as_text().count(" xor(")
+
+    assert rounds(jnp.float32(0.1)) == rounds() > 0
+
+
+def test_a_scale_for_each_weight_is_the_scale(key):
+    w = jnp.array([1.0, -jnp.inf, jnp.inf, 0.0])
+    np.testing.assert_array_equal(_backend.for_each_weight(jnp.float32(0.1), w), jnp.full(4, 0.1))
+    scales = jax.random.uniform(key, (4,))
+    np.testing.assert_array_equal(_backend.for_each_weight(scales, w), scales)

@@ -9,11 +9,14 @@ import fsspec
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import safetensors.numpy
 import tokenizers
 from flax import nnx
 
+from benchmarks import __main__ as cli
 from benchmarks import bert
 from benchmarks.files import UserError
 
@@ -493,3 +496,22 @@ def test_each_weight_is_where_transformers_has_it(written):
         np.testing.assert_array_equal(theirs.detach().numpy(), ours[...])
     assert len(pairs) == len(jax.tree.leaves(nnx.state(encoder, nnx.Param)))
     assert len(pairs) == sum(not name.startswith("pooler.") for name in model.state_dict())
+
+
+@pytest.mark.slow
+def test_methods_are_compared_in_fine_tuning(folder):
+    """On sentences of two classes that are told by their words."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 80)
+    sentences = [" ".join(rng.choice(list("abcd" if label else "efgh"), 5)) for label in labels]
+    for split in ("train", "test"):
+        columns = {"sentence": sentences, "label": labels}
+        pq.write_table(pa.table(columns), folder / f"{split}.parquet")
+    words = ["text", "--data", str(folder), "--model", str(folder), "--length", "8", "--per-class", "16"]
+    words += ["--methods", "adam", "nso", "--rates", "0.01", "--gradients", "24", "--batch-size", "8"]
+    words += ["--seeds", "2", "--tuning-seeds", "1", "--work", str(folder / "work"), "--out", str(folder)]
+    assert cli.main(words) == 0
+    results = json.loads((folder / f"text-{folder.name}.json").read_text())
+    assert {run["method"] for run in results["runs"]} == {"adam", "nso"}
+    assert all(run["test_accuracy"] > 0.9 for run in results["runs"] if run["method"] == "adam")
+    assert str(folder) not in (folder / f"text-{folder.name}.json").read_text()

@@ -1,6 +1,5 @@
 """`python -m benchmarks curvature` on a network that the demo trains for a few steps; and saved networks."""
 
-import functools
 import json
 
 import jax
@@ -28,10 +27,11 @@ def strict():
 def trained(tmp_path_factory):
     """A demo's output folder."""
     folder = tmp_path_factory.mktemp("demo")
-    settings = functools.partial(demo.Settings, num_train=40, batch_size=20, point_products=4, num_points=1)
+    sizes = {"NUM_TRAIN": 40, "BATCH_SIZE": 20, "NUM_POINTS": 1, "POINT_PRODUCTS": 4, "FINAL_PRODUCTS": 4}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measuring, "SLICE_DISTANCES", {"random": [0.0], "eigenvector": [0.0]})
-        patch.setattr(demo, "Settings", functools.partial(settings, final_products=4))
+        for name, value in sizes.items():
+            patch.setattr(demo, name, value)
         arguments = ["demo", "--methods", "nso", "--seeds", "2", "--steps", str(STEPS), "--out", str(folder)]
         assert cli.main(arguments) == 0
     return folder
@@ -66,7 +66,7 @@ def test_the_demo_saves_the_first_seed_of_a_method(trained):
 
 
 def test_all_files_are_written_and_nothing_else(output):
-    assert {path.name for path in output.iterdir()} == {"curvature.json", "curvature.png"}
+    assert {path.name for path in output.iterdir()} == {"curvature.json", "curvature.md", "curvature.png"}
     assert (output / "curvature.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -147,9 +147,7 @@ def test_a_saved_network_comes_back_bit_for_bit(network, tmp_path):
 
 
 def test_initial_weights_are_those_the_demo_starts_from():
-    method, settings = demo.METHODS["nso"], demo.Settings(("nso",), seeds=1, steps=STEPS)
-    graphdef, state, _ = demo.new_state(method, settings, METADATA.seed)
-    start = nnx.state(nnx.merge(graphdef, state)[0], nnx.Param)
+    start = nnx.state(demo.make_task(METADATA.wrong_labels).model(METADATA.seed), nnx.Param)
     found = nnx.state(checkpoints.initial(METADATA), nnx.Param)
     jax.tree.map(np.testing.assert_array_equal, found, start)
 

@@ -50,7 +50,8 @@ def tiny(monkeypatch):
 def run(folder):
     """The command's results, after checks of its files."""
     assert cli.main(["curvature-peers", "--seeds", "3", "--repetitions", "1", "--out", str(folder)]) == 0
-    assert {path.name for path in folder.iterdir()} == {"curvature-peers.json", "curvature-peers.png"}
+    names = {f"curvature-peers.{suffix}" for suffix in ("json", "md", "png")}
+    assert {path.name for path in folder.iterdir()} == names
     picture = folder / "curvature-peers.png"
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert picture.stat().st_size < 150_000

@@ -1,5 +1,6 @@
 """Sets of images and texts from folders and from a hub, batches of them, and a few of each class."""
 
+import functools
 import io
 import json
 
@@ -53,9 +54,9 @@ def parquet(columns, metadata=None):
     return buffer.getvalue()
 
 
-def encoded(pixels):
+def encoded(pixels, kind="PNG"):
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG")
+    Image.fromarray(pixels).save(buffer, format=kind)
     return buffer.getvalue()
 
 
@@ -133,6 +134,99 @@ def test_a_file_of_the_hub_is_named_as_the_source_is(hub):
 def test_unknown_protocols_are_told_in_one_line():
     with pytest.raises(UserError, match=r"^cannot read ftpx://a/b: Protocol not known: ftpx"):
         data.load_images("ftpx://a/b")
+
+
+def images(pixels, labels, **options):
+    return parquet({"img": [encoded(image, **options) for image in pixels], "label": labels})
+
+
+def test_images_are_read_as_they_were_written(tmp_path):
+    columns = {"img": [encoded(image) for image in PIXELS], "label": [1, 0, 1]}
+    content = parquet(columns, {"class_names": "shirt,shoe"})
+    write(tmp_path, {"train.parquet": content, "test.parquet": content})
+    loaded = data.load_images(tmp_path)
+    assert loaded.class_names == ("shirt", "shoe")
+    for part in (loaded.train, loaded.test):
+        assert (part.inputs.dtype, part.labels.dtype) == (np.float32, np.int32)
+        np.testing.assert_array_equal(part.labels, [1, 0, 1])
+        np.testing.assert_allclose(part.inputs, PIXELS[..., None] / 255, rtol=1e-6)
+
+
+def test_only_the_rows_asked_for_are_decoded(tmp_path):
+    broken = {"img": [*(encoded(image) for image in PIXELS), b"broken"], "label": [0, 0, 0, 0]}
+    write(tmp_path, {"train.parquet": parquet(broken), "test.parquet": images(PIXELS, [0, 0, 0])})
+    loaded = data.load_images(tmp_path, 3, 2)
+    assert [len(part.labels) for part in (loaded.train, loaded.test)] == [3, 2]
+    with pytest.raises(UserError, match=r"train\.parquet, row 3: cannot decode"):
+        data.load_images(tmp_path, 4)
+
+
+def test_parts_follow_their_names(tmp_path):
+    colours = np.random.default_rng(1).integers(0, 256, (5, 4, 4, 3), np.uint8)
+    parts = {
+        "train-00001-of-00002.parquet": images(colours[3:], [3, 4]),
+        "train-00000-of-00002.parquet": images(colours[:3], [0, 1, 2]),
+        "test-00000-of-00001.parquet": images(colours[:1], [0]),
+    }
+    loaded = data.load_images(write(tmp_path, parts))
+    assert loaded.class_names == ()
+    np.testing.assert_array_equal(loaded.train.labels, np.arange(5))
+    np.testing.assert_allclose(loaded.train.inputs, colours / 255, rtol=1e-6)
+
+
+def test_jpegs_come_near(tmp_path):
+    content = images(np.full((3, 8, 8, 3), 100, np.uint8), [0, 1, 2], kind="JPEG")
+    write(tmp_path, {"train.parquet": content, "test.parquet": content})
+    np.testing.assert_allclose(data.load_images(tmp_path).train.inputs, 100 / 255, atol=0.01)
+
+
+GOOD = encoded(PIXELS[0])
+
+
+@pytest.mark.parametrize(
+    ("contents", "labels", "message"),
+    [
+        ([GOOD, b"\x89PNG but no more"], [0, 1], r"row 1: cannot decode the image: "),
+        ([GOOD, GOOD[:60]], [0, 1], r"row 1: cannot decode the image: "),
+        ([GOOD, None], [0, 1], r"row 1: expected the bytes of an image, got NoneType"),
+        ([{"bytes": None, "path": "a.png"}], [0], r"row 0: expected the bytes of an image, got NoneType"),
+        (["a.png"], [0], r"row 0: expected the bytes of an image, got str"),
+        (
+            [GOOD, encoded(PIXELS[0, :, :4])],
+            [0, 1],
+            r"row 1: expected an image of shape \(4, 5, 1\), got \(4, 4, 1\)",
+        ),
+        ([GOOD], ["shoe"], r"row 0: expected a label of 0, 1, \.\.\., got 'shoe'"),
+        ([GOOD], [None], r"row 0: expected a label of 0, 1, \.\.\., got None"),
+    ],
+)
+def test_files_that_hold_no_images_are_told_in_one_line(contents, labels, message, tmp_path):
+    test = parquet({"img": contents, "label": labels})
+    write(tmp_path, {"train.parquet": images(PIXELS, [0, 1, 2]), "test.parquet": test})
+    with pytest.raises(UserError, match=rf"^{tmp_path}/test\.parquet, {message}") as raised:
+        data.load_images(tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+def test_missing_files_are_told_in_one_line(tmp_path):
+    write(tmp_path, {"test.parquet": images(PIXELS, [0, 1, 2])})
+    fails = functools.partial(pytest.raises, UserError)
+    with fails(match=rf"^no train\*\.parquet in {tmp_path}, its folder data or another one there$"):
+        data.load_images(tmp_path)
+    write(tmp_path, {"train.parquet": parquet({"pixels": [1], "label": [0]})})
+    with fails(match=r"train\.parquet: no column img, only pixels, label$"):
+        data.load_images(tmp_path)
+    write(tmp_path, {"train.parquet": b"PAR1 or anything else"})
+    with fails(match=r"^cannot read .*train\.parquet: ") as raised:
+        data.load_images(tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+def test_splits_of_different_shapes_are_told(tmp_path):
+    small = images(PIXELS[:, :3, :3], [0, 1, 2])
+    write(tmp_path, {"train.parquet": images(PIXELS, [0, 1, 2]), "test.parquet": small})
+    with pytest.raises(UserError, match=r"train has images of shape \(4, 5, 1\), test of \(3, 3, 1\)"):
+        data.load_images(tmp_path)
 
 
 @pytest.mark.parametrize("column", ["sentence", "text"])

@@ -1,6 +1,8 @@
 """`python -m benchmarks`: a tiny run from end to end, every mistake a user can make, and the table."""
 
+import contextlib
 import functools
+import itertools
 import json
 import math
 import os
@@ -25,18 +27,19 @@ from benchmarks import (
     matrix_sensing,
     measuring,
     memory,
-    methods,
     report,
     rivals,
     robustness,
     step_cost,
     steps,
     table,
+    training,
 )
+from benchmarks.journal import Journal
 
 ROOT = Path(__file__).parents[2]
 FILES = {"results.json", "table.md", "training.png", "surface.png"}
-NETWORKS = {f"{name}.safetensors" for name in methods.METHODS}
+NETWORKS = {f"{name}.safetensors" for name in demo.METHODS}
 STEPS = 3
 
 
@@ -45,13 +48,20 @@ def strict():
     """Instead of the fixture for the library's own tests: optax's schedules need standard promotion."""
 
 
+@contextlib.contextmanager
+def short():
+    """The measuring of a real run would take most of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measuring, "SLICE_DISTANCES", {"random": [-1.0, 0.0, 1.0], "eigenvector": [-0.5, 0.5]})
+        patch.setattr(demo, "POINT_PRODUCTS", 4)
+        patch.setattr(demo, "FINAL_PRODUCTS", 4)
+        yield patch
+
+
 @pytest.fixture(scope="module")
 def output(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo") / "new" / "folder"
-    with pytest.MonkeyPatch.context() as patch:
-        # The measuring of a real run would take most of the time.
-        patch.setattr(measuring, "SLICE_DISTANCES", {"random": [-1.0, 0.0, 1.0], "eigenvector": [-0.5, 0.5]})
-        patch.setattr(demo, "Settings", functools.partial(demo.Settings, point_products=4, final_products=4))
+    with short():
         assert cli.main(["demo", "--steps", str(STEPS), "--seeds", "2", "--out", str(folder)]) == 0
     return folder
 
@@ -62,7 +72,8 @@ def results(output):
 
 
 def test_all_files_are_written_and_nothing_else(output):
-    assert {path.name for path in output.iterdir()} == FILES | NETWORKS
+    assert {path.name for path in output.iterdir()} == FILES | NETWORKS | {"work"}
+    assert {path.name for path in (output / "work").iterdir()} == NETWORKS | {"metrics.jsonl"}
     for path in output.glob("*.png"):
         assert path.read_bytes().startswith(b"\x89PNG")
         assert path.stat().st_size < 150_000
@@ -70,9 +81,7 @@ def test_all_files_are_written_and_nothing_else(output):
 
 def test_json_has_every_figure_of_every_seed(results):
     runs = results["runs"]
-    assert [(run["method"], run["seed"]) for run in runs] == [
-        (name, seed) for name in methods.METHODS for seed in (0, 1)
-    ]
+    assert [(run["method"], run["seed"]) for run in runs] == list(itertools.product(demo.METHODS, (0, 1)))
     for run in runs:
         assert 0 <= run["test_accuracy"] <= 1
         assert run["train_loss"] > 0
@@ -81,34 +90,67 @@ def test_json_has_every_figure_of_every_seed(results):
         assert run["trace_standard_error"] > 0
         assert run["eigenvalue_residual"] <= 1e-2 * abs(run["largest_eigenvalue"])
         assert run["seconds"] > 0
-        assert run["curve"][-1]["gradient_evaluations"] == run["gradient_evaluations"]
+        assert run["curve"][-1]["evaluations"] == run["evaluations"]
         assert run["curve"][-1]["test_accuracy"] == run["test_accuracy"]
         assert run["slices"]["random"]["train"][1] == pytest.approx(run["train_loss"], rel=1e-4)
     assert set(results["versions"]) == {"python", "jax", "jaxlib", "flax", "optax", "nso_jax"}
     assert results["machine"]["cpu_count"] == os.cpu_count()
-    assert results["settings"]["methods"] == list(methods.METHODS)
+    assert results["settings"]["methods"] == list(demo.METHODS)
 
 
 def test_all_methods_evaluate_as_many_gradients(results):
-    assert {run["gradient_evaluations"] for run in results["runs"]} == {2 * STEPS}
+    assert {run["evaluations"] for run in results["runs"]} == {2 * STEPS}
     assert results["settings"]["gradient_evaluations"] == 2 * STEPS
 
 
-@pytest.mark.parametrize("name", methods.METHODS)
+@pytest.mark.parametrize("name", demo.METHODS)
 def test_a_step_evaluates_the_gradients_that_are_counted(name):
     """Counted in the compiled program: a gradient of the network has five convolutions (two forward,
     two for the kernels and one for the first layer's output)."""
-    method, settings = methods.METHODS[name], demo.Settings((name,), seeds=1, steps=STEPS)
-    graphdef, state, key = demo.new_state(method, settings, seed=0)
-    step = demo.step_function(method, graphdef)
-    batch = next(data.batches(data.digits(0, 50).train, batch_size=50, seed=0))
-    hlo = step.lower(state, key, batch).as_text()
+    method, settings = demo.METHODS[name].method, demo.Options(steps=STEPS).training(name, seed=0)
+    task = demo.make_task(0.2)
+    step = training.compiled(task, method, settings.gradients, settings.schedule).step
+    state = training.initial_state(task, method, settings)
+    hlo = step.lower(state, jax.random.key(0), next(task.batches(0, 0))).as_text()
     assert hlo.count("stablehlo.convolution") == 5 * method.gradients_per_step
 
 
 def test_table_and_markdown_agree_with_the_figures(output, results):
-    assert (output / "table.md").read_text() == table.markdown(table, results)
-    assert [row[0] for row in table.rows(results)] == list(methods.METHODS)
+    assert (output / "table.md").read_text() == table.markdown(demo, results)
+    assert [row[0] for row in demo.rows(results)] == list(demo.METHODS)
+
+
+def test_an_interrupted_run_goes_on_and_a_finished_one_gives_way(results, tmp_path, capsys):
+    arguments = ["demo", "--methods", "sgd", "--seeds", "2", "--steps", str(STEPS), "--out", str(tmp_path)]
+    calls, measure = itertools.count(), measuring.measure_point
+
+    def interrupted(*args):
+        if next(calls) == 2 * STEPS + 3:  # the points of the first seed, its end, and two of the second's
+            raise KeyboardInterrupt
+        return measure(*args)
+
+    with short() as patch:
+        patch.setattr(measuring, "measure_point", interrupted)
+        patch.setattr(demo, "Journal", functools.partial(Journal, pause=0))
+        assert cli.main(arguments) == 130
+        assert [path.name for path in tmp_path.iterdir()] == ["work"]
+        assert cli.main(arguments) == 2
+        assert "go on with it by --resume, or remove it" in capsys.readouterr().err
+        assert cli.main([*arguments, "--resume"]) == 0
+        assert {path.name for path in tmp_path.iterdir()} == FILES | {"sgd.safetensors", "work"}
+        assert next(calls) == 2 * (2 * STEPS + 1) + 1
+        written = json.loads((tmp_path / "results.json").read_text())["runs"]
+        assert [run | {"seconds": 0} for run in written] == [
+            run | {"seconds": 0} for run in results["runs"] if run["method"] == "sgd"
+        ]
+        assert cli.main(arguments) == 0
+    assert next(calls) == 4 * (2 * STEPS + 1) + 2
+
+
+def test_a_run_that_had_done_nothing_gives_way(tmp_path):
+    for seeds in (1, 2):
+        Journal(tmp_path, {"seeds": seeds}, resume=False)
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"settings": {"seeds": 2}}
 
 
 def test_publish_copies_to_the_results_and_the_readme(output, results, tmp_path, monkeypatch):
@@ -126,7 +168,7 @@ def test_publish_copies_to_the_results_and_the_readme(output, results, tmp_path,
         published = (tmp_path / f"demo-{method}.safetensors").read_bytes()
         assert published == (output / f"{method}.safetensors").read_bytes()
     text = cli.README.read_text()
-    assert table.markdown(table, results) in text
+    assert table.markdown(demo, results) in text
     assert "old" not in text
     assert text.startswith("before\n<!-- demo-table -->\n")
     assert text.endswith("-table -->\nafter\n")
@@ -277,7 +319,7 @@ def _results(values, errors):
 
 
 def test_table_shows_mean_and_standard_deviation():
-    row = table.rows(_results([0.90, 0.92], [3.0, 4.0]))[0]
+    row = demo.rows(_results([0.90, 0.92], [3.0, 4.0]))[0]
     assert row == [
         "nso",
         "91.0 ± 1.4",
@@ -291,15 +333,15 @@ def test_table_shows_mean_and_standard_deviation():
 
 def test_table_fits_into_80_columns(results, capsys):
     runs = [run | {"seconds": 10.0 + run["seed"]} for run in results["runs"]]
-    report.print_table(Console(width=80), table, results | {"runs": runs})
+    report.print_table(Console(width=80), demo, results | {"runs": runs})
     shown = capsys.readouterr().out
-    for row in table.rows(results | {"runs": runs}):
+    for row in demo.rows(results | {"runs": runs}):
         for cell in row:
             assert cell in shown
 
 
 def test_table_of_one_seed_has_no_deviation():
-    assert table.rows(_results([0.9], [3.0]))[0][1:4] == ["90.0", "0.010", "900"]
+    assert demo.rows(_results([0.9], [3.0]))[0][1:4] == ["90.0", "0.010", "900"]
 
 
 def test_readme_without_marks_is_refused():
@@ -313,7 +355,7 @@ def test_readme_has_the_tables_of_the_published_results():
 
 def test_published_figures_are_of_equal_cost_and_small():
     runs = json.loads((cli.RESULTS / "demo.json").read_text())["runs"]
-    assert len({run["gradient_evaluations"] for run in runs}) == 1
+    assert len({run.get("evaluations") or run["gradient_evaluations"] for run in runs}) == 1
     assert all(math.isfinite(run["trace"]) for run in runs)
     for name in ("demo-training.png", "demo-surface.png"):
         assert (cli.RESULTS / name).stat().st_size < 150_000
@@ -322,7 +364,7 @@ def test_published_figures_are_of_equal_cost_and_small():
 @pytest.mark.parametrize(
     ("choices", "known"),
     [
-        (demo.MethodName, methods.METHODS),
+        (demo.MethodName, demo.METHODS),
         (step_cost.CaseName, (*steps.CASES, step_cost.NOISE)),
         (memory.CaseName, memory.CASES),
         (memory.NumSamples, memory.SAMPLES),
@@ -373,12 +415,10 @@ def test_an_epoch_of_batches_has_every_example_once():
 
 
 def test_a_step_is_compiled_once_for_all_seeds():
-    settings = demo.Settings(("sgd",), seeds=2, steps=STEPS)
-    method = methods.METHODS["sgd"]
-    traced = []
+    plain, task, traced = demo.METHODS["sgd"].method, demo.make_task(0.0), []
 
-    def update(_):
-        inner = method.update(0.0)
+    def update(loss):
+        inner = plain.update(loss)
 
         def counted(*args):
             traced.append(1)
@@ -386,11 +426,7 @@ def test_a_step_is_compiled_once_for_all_seeds():
 
         return counted
 
-    counting = methods.Method(update, gradients_per_step=1, learning_rate=0.1, strength=0.0)
-    graphdef, *_ = demo.new_state(counting, settings, seed=0)
-    step = demo.step_function(counting, graphdef)
     for seed in (0, 1):
-        _, state, key = demo.new_state(counting, settings, seed)
-        batch = next(data.batches(data.digits(seed, 50).train, batch_size=50, seed=seed))
-        jax.block_until_ready(step(state, key, batch))
+        settings = demo.Options(steps=STEPS).training("sgd", seed)
+        training.train(task, plain._replace(update=update), settings)
     assert len(traced) == 1

@@ -22,7 +22,9 @@ def sent():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(communication, "WIDTHS", (64, 32, 10))
         patch.setattr(communication, "NUM_MICROBATCHES", 2)
-        return _run(communication, samples=(2,))
+        # The fixture that makes JAX strict comes after those of a module.
+        with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+            return _run(communication, samples=(2,))
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +43,7 @@ def varied():
 
 
 def _run(module, **options):
-    # The fixture that makes JAX strict comes after those of a module.
-    strict = jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise")
-    with strict[0], strict[1], Progress(disable=True) as progress:
+    with Progress(disable=True) as progress:
         results = module.run(module.Options(**options), progress)
         assert progress.finished
     return json.loads(json.dumps(results, allow_nan=False))

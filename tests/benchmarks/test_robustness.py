@@ -1,9 +1,10 @@
-"""`python -m benchmarks robustness` on digits and on small Parquet files; the attacks and the loader it uses."""
+"""`python -m benchmarks robustness` on digits and on small Parquet files, and the attacks it uses."""
 
 import functools
 import io
 import json
 
+import fsspec
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,9 +17,12 @@ from PIL import Image
 from rich.console import Console
 
 from benchmarks import __main__ as cli
-from benchmarks import attacks, augmentation, data, models, report, robustness
-from benchmarks.files import UserError
+from benchmarks import attacks, augmentation, data, methods, models, report, robustness, table, training
+from benchmarks.files import RESULTS
+from benchmarks.journal import Journal
 from benchmarks.robustness import METHODS
+from benchmarks.training import Settings
+from nso_jax import penalties
 
 TINY = ("--pgd-steps", "2", "--starts", "1", "--test-images", "30", "--validation-images", "20")
 
@@ -28,127 +32,24 @@ def strict():
     """Instead of the fixture for the library's own tests: optax's schedules need standard promotion."""
 
 
-def encoded(pixels, kind="PNG"):
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format=kind)
-    return buffer.getvalue()
-
-
-def noisy_images(number, shape=(6, 5), seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (number, *shape), np.uint8)
-
-
-def write_split(path, images, labels=None, *, names="img", metadata=None):
-    """A Parquet file with such an image column and, unless it is None, a column of labels."""
-    columns = {names: images} | ({} if labels is None else {"label": labels})
-    table = pa.table(columns)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table.replace_schema_metadata(metadata), path)
+def write_images(folder, **numbers):
+    """A Parquet file of noise, of three classes, for each split."""
+    rng = np.random.default_rng(0)
+    with fsspec.open_files([f"{folder}/{split}.parquet" for split in numbers], "wb") as files:
+        for file, number in zip(files, numbers.values(), strict=True):
+            images = [io.BytesIO() for _ in range(number)]
+            for image in images:
+                Image.fromarray(rng.integers(0, 256, (6, 5), np.uint8)).save(image, format="PNG")
+            content = [image.getvalue() for image in images]
+            pq.write_table(pa.table({"img": content, "label": [i % 3 for i in range(number)]}), file)
 
 
 @pytest.fixture
-def pixels():
-    return {"train": noisy_images(8), "test": noisy_images(4, seed=1)}
-
-
-@pytest.fixture
-def folder(tmp_path, pixels):
-    for split, images in pixels.items():
-        write_split(
-            tmp_path / f"images/{split}.parquet",
-            [encoded(image) for image in images],
-            list(range(len(images))),
-            metadata={"class_names": "shirt,shoe"},
-        )
-    return tmp_path / "images"
-
-
-def test_images_are_read_as_they_were_written(folder, pixels):
-    loaded = data.load_images(folder)
-    assert loaded.class_names == ("shirt", "shoe")
-    for split in ("train", "test"):
-        images, labels = getattr(loaded, split)
-        assert (images.dtype, labels.dtype) == (np.float32, np.int32)
-        np.testing.assert_array_equal(labels, np.arange(len(labels)))
-        np.testing.assert_allclose(images, pixels[split][..., None] / 255, rtol=1e-6)
-
-
-def test_only_the_rows_asked_for_are_decoded(folder, pixels):
-    images = [encoded(image) for image in pixels["train"][:3]] + [b"broken"] * 5
-    write_split(folder / "train.parquet", images, [0] * 8)
-    assert len(data.load_images(folder, 3, 2).train.labels) == 3
-    with pytest.raises(UserError, match=r"train\.parquet, row 3: cannot decode"):
-        data.load_images(folder, 4)
-
-
-def test_parts_of_structs_in_a_subfolder_follow_their_names(tmp_path):
-    colours = noisy_images(5, (4, 4, 3))
-    structs = [{"bytes": encoded(image), "path": "x.png"} for image in colours]
-    write_split(tmp_path / "data/train-00000-of-00002.parquet", structs[:3], [0, 1, 2], names="image")
-    write_split(tmp_path / "data/train-00001-of-00002.parquet", structs[3:], [3, 4], names="image")
-    write_split(tmp_path / "data/test-00000-of-00001.parquet", structs[:1], [0], names="image")
-    loaded = data.load_images(tmp_path)
-    assert loaded.class_names == ()
-    np.testing.assert_array_equal(loaded.train.labels, np.arange(5))
-    np.testing.assert_allclose(loaded.train.inputs, colours / 255, rtol=1e-6)
-
-
-def test_jpegs_come_near(tmp_path, pixels):
-    smooth = np.full((3, 8, 8, 3), 100, np.uint8)
-    for split in ("train", "test"):
-        write_split(tmp_path / f"{split}.parquet", [encoded(image, "JPEG") for image in smooth], [0, 1, 2])
-    np.testing.assert_allclose(data.load_images(tmp_path).train.inputs, 100 / 255, atol=0.01)
-
-
-GOOD = encoded(noisy_images(1)[0])
-
-
-@pytest.mark.parametrize(
-    ("images", "labels", "message"),
-    [
-        ([GOOD, b"\x89PNG but no more"], [0, 1], r"row 1: cannot decode the image: "),
-        ([GOOD, GOOD[:60]], [0, 1], r"row 1: cannot decode the image: "),
-        ([GOOD, None], [0, 1], r"row 1: expected the bytes of an image, got NoneType"),
-        ([{"bytes": None, "path": "a.png"}], [0], r"row 0: expected the bytes of an image, got NoneType"),
-        (["a.png"], [0], r"row 0: expected the bytes of an image, got str"),
-        (
-            [GOOD, encoded(noisy_images(1, (5, 5))[0])],
-            [0, 1],
-            r"row 1: expected an image of shape \(6, 5, 1\), got \(5, 5, 1\)",
-        ),
-        ([GOOD, GOOD], [0, -1], r"row 1: expected a label of 0, 1, \.\.\., got -1"),
-        ([GOOD], ["shoe"], r"row 0: expected a label of 0, 1, \.\.\., got 'shoe'"),
-        ([GOOD], [None], r"row 0: expected a label of 0, 1, \.\.\., got None"),
-        ([GOOD], None, r"no column label, only img"),
-        (pa.array([], pa.binary()), pa.array([], pa.int64()), r"no rows"),
-    ],
-)
-def test_files_that_hold_no_images_are_told_in_one_line(images, labels, message, folder):
-    write_split(folder / "test.parquet", images, labels)
-    with pytest.raises(UserError, match=rf"test\.parquet.*{message}") as raised:
-        data.load_images(folder)
-    assert "\n" not in str(raised.value)
-
-
-def test_missing_files_are_told(folder):
-    with pytest.raises(UserError, match=r"no folder .*nowhere"):
-        data.load_images(folder / "nowhere")
-    write_split(folder / "train.parquet", [1], [0], names="pixels")
-    with pytest.raises(UserError, match=r"train\.parquet: no column img, only pixels, label"):
-        data.load_images(folder)
-    (folder / "train.parquet").write_bytes(b"PAR1 or anything else")
-    with pytest.raises(UserError, match=r"cannot read .*train\.parquet: ") as raised:
-        data.load_images(folder)
-    assert "\n" not in str(raised.value)
-    (folder / "train.parquet").unlink()
-    with pytest.raises(UserError, match=r"no train\*\.parquet in .*data"):
-        data.load_images(folder)
-
-
-def test_splits_of_different_shapes_are_told(folder):
-    write_split(folder / "test.parquet", [encoded(noisy_images(1, (3, 3))[0])], [0])
-    with pytest.raises(UserError, match=r"train has images of shape \(6, 5, 1\), test of \(3, 3, 1\)"):
-        data.load_images(folder)
+def folder(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    write_images(folder, train=8, test=4)
+    return folder
 
 
 RADIUS = 0.1
@@ -282,15 +183,14 @@ def test_network_takes_any_shape_and_examples_do_not_mix(shape):
 
 @pytest.fixture(scope="module")
 def problem():
-    """A network with a batch of digits."""
-    return robustness._network((8, 8, 1), 10), data.digits(0, 100).train
+    """A hundred digits."""
+    return robustness._problems(robustness.Options(train_images=100))[0]
 
 
 def test_margin_is_positive_where_the_network_is_wrong(problem):
-    network, examples = problem
-    model = models.StridedConvNet((8, 8, 1), rngs=nnx.Rngs(3))
+    model, examples = problem.task.model(3), problem.train
     logits = np.asarray(model(examples.inputs))
-    margins = network.margins(network.initial(3), *examples)
+    margins = robustness._margins(model, *examples)
     wrong = np.argmax(logits, axis=1) != examples.labels
     np.testing.assert_array_equal(margins > 0, wrong)
     rivals = logits.copy()
@@ -299,56 +199,98 @@ def test_margin_is_positive_where_the_network_is_wrong(problem):
     np.testing.assert_allclose(margins, expected, rtol=1e-4, atol=1e-5)
 
 
-def by_hand(network, examples, penalty, strength, *, every, num_steps):
-    """A training whose penalty's gradient is that of the last step whose number `every` divides."""
+PENALTIES = {
+    "input-gradient": lambda _, losses, images: penalties.input_gradient(losses, images).mean(),
+    "input-hessian": lambda key, losses, images: penalties.input_hessian_norm(key, losses, images).mean(),
+}
+
+
+def by_hand(task, penalty, strength, *, every, num_steps):
+    """Adam on the loss, and in every step whose number `every` divides on as many penalties."""
     optimizer = optax.adam(optax.cosine_decay_schedule(1e-3, num_steps))
-    params, key = network.initial(1), jax.random.key(1)
-    state, batches = optimizer.init(params), data.batches(examples, 50, 1)
-    of_loss = jax.jit(jax.grad(lambda params, batch: network.losses(params, *batch).mean()))
-    of_penalty = jax.jit(jax.grad(lambda params, batch, key: penalty(network.losses, key, params, batch)))
+    graphdef, params = nnx.split(task.model(1))
+    state, batches = optimizer.init(params), task.batches(1, 0)
+
+    @jax.jit
+    def grads(params, batch, key, factor):
+        def total(params):
+            def losses(images):
+                logits = nnx.merge(graphdef, params)(images)
+                return optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
+
+            return losses(batch.inputs).mean() + factor * penalty(key, losses, batch.inputs)
+
+        return jax.grad(total)(params)
+
     for i in range(num_steps):
-        key, _, now = jax.random.split(key, 3)
-        batch = next(batches)
-        if i % every == 0:
-            held = of_penalty(params, batch, now)
-        grads = jax.tree.map(lambda g, h: g + strength * h, of_loss(params, batch), held)
-        updates, state = optimizer.update(grads, state, params)
+        factor = every * strength if i % every == 0 else 0.0
+        key = jax.random.fold_in(jax.random.key(1), i)
+        updates, state = optimizer.update(grads(params, next(batches), key, factor), state, params)
         params = optax.apply_updates(params, updates)
     return params
 
 
+def lazy(name, every):
+    return methods.lazy(METHODS[name], every)._replace(gradients_per_step=1)
+
+
 @pytest.mark.parametrize(("name", "every"), [("input-gradient", 1), ("input-hessian", 3)])
-def test_a_penalty_gradient_is_held(name, every, problem):
-    network, examples = problem
-    method = METHODS[name]._replace(cost=1.0)
-    training = robustness._training(method, network, 7, every)
-    params = robustness.train(training, network, examples, 0.5, seed=1)
-    assert (len(training.steps), training.num_steps) == (every, 7)
-    expected = by_hand(network, examples, method.penalty, 0.5, every=every, num_steps=7)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), params, expected)
+def test_a_penalty_is_in_every_nth_step(name, every, problem):
+    trained = training.train(problem.task, lazy(name, every), Settings(7, 1e-3, strength=0.5, seed=1))
+    expected = by_hand(problem.task, PENALTIES[name], 0.5, every=every, num_steps=7)
+    near = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5)
+    jax.tree.map(near, nnx.state(trained.model), expected)
+
+
+class KilledError(Exception):
+    """As if the process had died."""
+
+
+def test_a_resumed_training_knows_which_steps_have_the_penalty(problem, tmp_path):
+    settings = Settings(7, 1e-3, strength=0.5, num_points=3)  # after 2, 5 and 7 steps
+    train = functools.partial(training.train, problem.task, lazy("input-gradient", 3), settings)
+    trained, done = [train()], []
+
+    def go_on(advance, *, resume):
+        journal = Journal(tmp_path, {}, resume=resume, pause=0)
+
+        def compute():
+            trained.append(train(journal=journal, advance=advance))
+            return {}
+
+        journal.once("x", compute)
+
+    def killed(count):
+        done.append(count)
+        if len(done) == 4:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        go_on(killed, resume=False)
+    go_on(done.append, resume=True)
+    assert done == [1, 1, 1, 1, 2, 1, 1, 1, 1, 1]
+    whole, resumed = (nnx.state(one.model) for one in trained)
+    jax.tree.map(np.testing.assert_array_equal, resumed, whole)
 
 
 def test_without_strength_all_train_plainly(problem):
-    network, examples = problem
-    methods = {name: METHODS[name]._replace(cost=1.0) for name in ("plain", "nso", "hessian-trace")}
     trained = {
-        name: robustness.train(robustness._training(method, network, 4, 1), network, examples, 0.0, seed=0)
-        for name, method in methods.items()
+        name: training.train(problem.task, METHODS[name]._replace(gradients_per_step=1), Settings(4, 1e-3))
+        for name in ("plain", "nso", "hessian-trace")
     }
-    for params in trained.values():
+    for other in trained.values():
         near = functools.partial(np.testing.assert_allclose, atol=1e-5)
-        jax.tree.map(near, params, trained["plain"])
+        jax.tree.map(near, nnx.state(other.model), nnx.state(trained["plain"].model))
 
 
 @pytest.mark.parametrize("every", [1, 4])
 def test_budgets_are_equal(every):
-    for method in METHODS.values():
-        spent = method.num_steps(1000, every) * method.mean_cost(every)
-        assert 1000 - method.mean_cost(every) < spent <= 1000
-    penalized = METHODS["input-hessian"]
-    assert penalized.mean_cost(1) == penalized.cost
-    assert penalized.mean_cost(every) == 1 + (penalized.cost - 1) / every
-    assert METHODS["nso"].mean_cost(every) == METHODS["nso"].cost
+    options = robustness.Options(methods=tuple(METHODS)[1:], penalty_every=every)
+    costs = {name: method.gradients_per_step for name, method in robustness._methods(options).items()}
+    for name, method in robustness._methods(options).items():
+        assert 1000 - costs[name] < training.num_steps(method, 1000) * costs[name] <= 1000
+    assert costs["input-hessian"] == 1 + (METHODS["input-hessian"].gradients_per_step - 1) / every
+    assert costs["nso"] == METHODS["nso"].gradients_per_step
 
 
 def made_up(method, strength, clean, pgd):
@@ -445,10 +387,11 @@ def few_strengths(monkeypatch):
 
 def run(folder, *arguments):
     """A command's results, after checks of its files."""
-    assert cli.main(["robustness", *TINY, *arguments, "--out", str(folder)]) == 0
-    assert {path.name for path in folder.iterdir()} == {"robustness.json", "robustness.png"}
-    assert (folder / "robustness.png").read_bytes().startswith(b"\x89PNG")
-    return json.loads((folder / "robustness.json").read_text())
+    out, work = folder / "out", folder / "work"
+    assert cli.main(["robustness", *TINY, *arguments, "--out", str(out), "--work", str(work)]) == 0
+    assert {path.name for path in out.iterdir()} == {f"robustness.{kind}" for kind in ("json", "md", "png")}
+    assert (out / "robustness.png").read_bytes().startswith(b"\x89PNG")
+    return json.loads((out / "robustness.json").read_text())
 
 
 def test_every_training_is_reported(few_strengths, tmp_path, capsys):
@@ -464,13 +407,13 @@ def test_every_training_is_reported(few_strengths, tmp_path, capsys):
         for seed in range(2)
     ]
     for figures in results["runs"]:
-        assert figures["steps"] == METHODS[figures["method"]].num_steps(10, 1)
+        assert figures["steps"] == training.num_steps(METHODS[figures["method"]], 10)
         assert figures["test"]["clean"] >= figures["test"]["pgd"]
         assert figures["validation"].keys() == {"clean", "pgd"}
     assert results["costs"]["digits"]["plain"]["median"] == 1
     assert results["costs"]["digits"].keys() == {"plain", *methods}
     assert results["chosen"] == {"digits": robustness.choose(results["runs"])}
-    claim = report.rounded(robustness.match(results["runs"]))
+    claim = table.rounded(robustness.match(results["runs"]))
     assert results["claim"] == {"digits": claim}
     shown = capsys.readouterr().out
     assert shown.count("PGD") > len(done)
@@ -485,23 +428,44 @@ def test_steps_may_be_equal_instead_of_time(few_strengths, tmp_path, capsys):
     assert "Every training takes 3 steps" in " ".join(capsys.readouterr().out.split())
 
 
-def test_folders_are_divided_and_trained_on(few_strengths, folder, tmp_path, capsys):
-    images = [encoded(image) for image in noisy_images(70)]
-    labels = [i % 3 for i in range(70)]
-    write_split(folder / "train.parquet", images, labels)
+def test_what_was_trained_is_not_trained_again(few_strengths, tmp_path, capsys, monkeypatch):
+    arguments = ("--budget", "3", "--methods", "nso", "--seeds", "1")
+    first = run(tmp_path, *arguments)
+    told = capsys.readouterr().out
+    monkeypatch.setattr(training, "train", None)
+    assert run(tmp_path, *arguments, "--resume") == first
+    lines, again = (set(text.splitlines()) for text in (told, capsys.readouterr().out))
+    assert len(lines - again) == 3
+    assert not again - lines
+
+
+def test_folders_and_urls_are_divided_and_trained_on(few_strengths, folder, tmp_path, capsys):
+    for source, number in ((folder, 70), ("memory://elsewhere", 140)):
+        write_images(source, train=number, test=4)
     arguments = ["--methods", "input-gradient", "--seeds", "1", "--budget", "6", "--penalty-every", "2"]
-    results = run(tmp_path / "out", "--data", str(folder), *arguments)
-    counts = {"train": 60, "validation": 10, "test": 4}
-    assert results["settings"]["data"] == {"images": {"shape": [6, 5, 1], **counts}}
-    assert results["claim"] == {"images": []}
+    results = run(tmp_path, "--data", str(folder), "memory://elsewhere/", *arguments)
+    counts = {"shape": [6, 5, 1], "validation": 20, "test": 4}
+    assert results["settings"]["data"] == {
+        "images": counts | {"train": 60, "validation": 10},
+        "elsewhere": counts | {"train": 120},
+    }
+    assert results["claim"] == {"images": [], "elsewhere": []}
     steps = {run["method"]: run["steps"] for run in results["runs"]}
-    assert steps == {"plain": 6, "input-gradient": METHODS["input-gradient"].num_steps(6, 2)}
+    assert steps == {"plain": 6, "input-gradient": 3}  # on average 1.75 times as long
     caption = robustness.caption(results)
-    assert "A penalty's gradient is used for 2 steps" in caption
+    assert "A penalty is in one step out of 2, 2 times as strong." in caption
     assert "Pairs of strengths" not in caption
     capsys.readouterr()
     report.print_table(Console(width=80), robustness, results)
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("name", ["robustness", "robustness-equal-steps"])
+def test_published_results_are_read(name):
+    results = json.loads((RESULTS / f"{name}.json").read_text())
+    assert len(robustness.rows(results)) == sum(1 + len(chosen) for chosen in results["chosen"].values())
+    assert "one step out of" not in robustness.caption(results)
+    assert robustness.plot(results).startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
@@ -509,12 +473,12 @@ def test_folders_are_divided_and_trained_on(few_strengths, folder, tmp_path, cap
     [(110, 100, 10, (100, 10)), (100, 100, 10, (90, 10)), (35, 100, 10, (30, 5)), (70, 20, 100, (20, 50))],
 )
 def test_small_data_sets_are_mostly_for_training(total, train, validation, expected, folder):
-    write_split(folder / "train.parquet", [GOOD] * total, [0] * total)
+    write_images(folder, train=total)
     options = robustness.Options(train_images=train, validation_images=validation, test_images=3)
-    problem = robustness._problem("x", folder, options)
+    problem = robustness._problem("x", str(folder), options)
     assert (len(problem.train.labels), len(problem.validation.labels)) == expected
     assert len(problem.test.labels) == 3
-    assert problem.num_classes == 3
+    assert problem.task.model(0)(problem.test.inputs).shape == (3, 3)
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,13 @@ import optax
 import pytest
 from flax import nnx
 
-from benchmarks import data, training, ways
+from benchmarks import data, methods, training
 from benchmarks.data import Examples
 from benchmarks.files import UserError
 from benchmarks.journal import LINES, Journal
+from benchmarks.methods import METHODS
 from benchmarks.models import MLP, ConvNet
 from benchmarks.training import Settings, Task
-from benchmarks.ways import METHODS
 
 GRADIENTS = 24
 POINTS = 4
@@ -283,7 +283,7 @@ def test_the_strength_of_a_step_follows_its_schedule(task):
 
         return write
 
-    trained = training.train(task, ways.Method(update), Settings(5, 0.1, 0.0, 2.0, schedule="falling"))
+    trained = training.train(task, methods.Method(update), Settings(5, 0.1, 0.0, 2.0, schedule="falling"))
     np.testing.assert_allclose(trained.model.layers[0].bias[...], 1 + np.cos(0.8 * np.pi), rtol=1e-5)
 
 
@@ -293,7 +293,7 @@ def test_learning_rates_are_scaled_for_optimizers_of_another_kind(task):
         return float(state[1]["opt_state"].hyperparams["learning_rate"][...])
 
     assert rate("adam", task) == pytest.approx(0.5 * METHODS["adam"].rate)
-    assert rate("adam", mlp_task(clusters(), optimizer=ways.adamw)) == 0.5
+    assert rate("adam", mlp_task(clusters(), optimizer=methods.adamw)) == 0.5
     assert rate("sam", task) == 0.5
 
 
