@@ -367,7 +367,7 @@ def claims(results: dict[str, Any]) -> str:
 
 def plot(results: dict[str, Any]) -> bytes:
     """Accuracy and trace over training, with 95 % bands, and where each method ends, as PNG."""
-    figure = Figure(figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(11.5, 4), layout="constrained")
     accuracy, trace, end = figure.subplots(1, 3)
     for name in results["chosen"]:
         runs = _runs(results, name)
@@ -379,7 +379,7 @@ def plot(results: dict[str, Any]) -> bytes:
             )
             traces = [[point["trace"] for point in run["curve"]] for run in runs]
             plots.band(trace, name, x, traces, log=True, spread=plots.interval)
-        _plot_end(end, name, results)
+    _plot_ends(end, results)
     accuracy.set(title="Test accuracy (%)", xlabel="gradient evaluations")
     trace.set(title="Trace of the Hessian of the training loss", xlabel="gradient evaluations", yscale="log")
     end.set(title="At the end", xlabel="Hessian trace", ylabel="test accuracy (%)", xscale="log")
@@ -423,14 +423,28 @@ def _with_interval(values: np.ndarray) -> str:
     return table.with_error(float(values.mean()), float(plots.interval(values)) if len(values) > 1 else None)
 
 
-def _plot_end(axes: Axes, name: str, results: dict[str, Any]) -> None:
-    traces, accuracies = (_column(results, name, figure) for figure in ("trace", "test_accuracy"))
-    x, y = statistics.geometric_mean(traces), 100 * statistics.mean(accuracies)
-    shift = math.exp(plots.interval(np.log(traces)))
-    xerr, yerr = [[x - x / shift], [x * shift - x]], 100 * plots.interval(np.array(accuracies))
-    colour = plots.colour(name)
-    axes.errorbar(x, y, yerr, xerr, color=colour, marker="o", markersize=4, elinewidth=0.6)
-    axes.annotate(name, (x, y), (4, 3), textcoords="offset points", fontsize="small", color=colour)
+def _plot_ends(axes: Axes, results: dict[str, Any]) -> None:
+    """Where each method ends, with the trace's interval; names stand to the right, in order of accuracy."""
+    accuracies = {
+        name: 100 * statistics.mean(_column(results, name, "test_accuracy")) for name in results["chosen"]
+    }
+    names = sorted(accuracies, key=accuracies.__getitem__)
+    for name, height in zip(names, np.linspace(0.02, 0.98, len(names)), strict=True):
+        traces = _column(results, name, "trace")
+        x, factor = statistics.geometric_mean(traces), math.exp(plots.interval(np.log(traces)))
+        style = {"color": plots.colour(name), "marker": "o", "markersize": 4, "elinewidth": 1}
+        axes.errorbar(x, accuracies[name], xerr=[[x - x / factor], [x * factor - x]], **style)
+        axes.annotate(
+            name,
+            (x, accuracies[name]),
+            (1.06, height),
+            textcoords="axes fraction",
+            annotation_clip=False,
+            fontsize="small",
+            color=style["color"],
+            va="center",
+            arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": style["color"]},
+        )
 
 
 def _column(results: dict[str, Any], name: str, figure: str) -> list[float]:

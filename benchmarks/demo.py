@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-import jax
 from flax import nnx
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
@@ -275,7 +274,6 @@ def _train(
     def measure(model: nnx.Module, num_products: int = POINT_PRODUCTS) -> dict[str, float]:
         return measuring.measure_point(gauge, measuring.split_network(model)[1], split, num_products)
 
-    _compile(task, method, settings)
     model, curve, seconds = training.train(
         task, method, settings, measure=measure, journal=journal, advance=advance
     )
@@ -290,13 +288,6 @@ def _train(
         **measuring.measure_surface(gauge, measuring.split_network(model)[1], split, seed),
         "curve": curve,
     }
-
-
-def _compile(task: Task, method: Method, settings: Settings) -> None:
-    """Takes a step, so that no training's time has the compiler's in it."""
-    steps = training.compiled(task, method, settings.gradients, settings.schedule)
-    state, key = training.initial_state(task, method, settings), jax.random.key(settings.seed)
-    jax.block_until_ready(steps.step(state, key, next(task.batches(settings.seed, 0))))
 
 
 def _file(name: str) -> str:

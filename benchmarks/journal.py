@@ -16,7 +16,7 @@ from typing import Any
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from benchmarks.files import UserError, write_files
+from benchmarks.files import UserError, read_file, write_files
 
 LINES = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
@@ -162,7 +162,10 @@ class Journal:
             raise UserError(f"cannot write {self._path}: {error.strerror}") from error
 
     def _rewrite(self) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make {self._path.parent}: {error.strerror}") from error
         write_files({self._path: "".join(json.dumps(line) + "\n" for line in self._lines)})
 
 
@@ -170,7 +173,7 @@ def _read(path: Path) -> list[Record]:
     """The lines of a file, if there is one, without the last if it is torn."""
     if not path.exists():
         return []
-    *whole, _ = path.read_text().split("\n")
+    *whole, _ = read_file(path).split(b"\n")
     try:
         return [json.loads(line) for line in whole]
     except ValueError as error:

@@ -217,6 +217,8 @@ def test_a_run_is_neither_mixed_nor_lost(task, tmp_path):
     path.write_text("nonsense\n" + before)
     with pytest.raises(UserError, match="cannot read"):
         Journal(tmp_path, {"seeds": 1}, resume=True)
+    with pytest.raises(UserError, match="cannot make"):
+        Journal(path / "folder", {}, resume=False)
 
 
 def test_states_are_kept_every_so_often_only(task, tmp_path):
