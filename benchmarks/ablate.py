@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.progress import Progress
 
-from benchmarks import augmentation, comparison, images, measuring, methods, plots, table, training
+from benchmarks import arguments, augmentation, comparison, images, measuring, methods, plots, table, training
 from benchmarks.comparison import Knobs, Problem
 from benchmarks.journal import Journal
 from benchmarks.methods import METHODS, Method
@@ -59,6 +59,8 @@ class Options(images.Options):
         weight_decay: Where it is not what is varied.
     """
 
+    gradients: arguments.Count = 240
+    points: arguments.Count = 1
     rate: float = 0.05
     weight_decay: float = 5e-3
     work: Path = Path("runs/ablate")

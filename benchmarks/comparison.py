@@ -432,8 +432,8 @@ def _plot_ends(axes: Axes, results: dict[str, Any]) -> None:
     for name, height in zip(names, np.linspace(0.02, 0.98, len(names)), strict=True):
         traces = _column(results, name, "trace")
         x, factor = statistics.geometric_mean(traces), math.exp(plots.interval(np.log(traces)))
-        style = {"color": plots.colour(name), "marker": "o", "markersize": 4, "elinewidth": 1}
-        axes.errorbar(x, accuracies[name], xerr=[[x - x / factor], [x * factor - x]], **style)
+        colour, sides = plots.colour(name), [[x - x / factor], [x * factor - x]]
+        axes.errorbar(x, accuracies[name], xerr=sides, color=colour, marker="o", markersize=4, elinewidth=1)
         axes.annotate(
             name,
             (x, accuracies[name]),
@@ -441,9 +441,9 @@ def _plot_ends(axes: Axes, results: dict[str, Any]) -> None:
             textcoords="axes fraction",
             annotation_clip=False,
             fontsize="small",
-            color=style["color"],
+            color=colour,
             va="center",
-            arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": style["color"]},
+            arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": colour},
         )
 
 

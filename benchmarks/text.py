@@ -21,7 +21,7 @@ from benchmarks.training import Task
 STRENGTHS = {
     "sam": (0.01, 0.03, 0.1),
     "asam": (0.03, 0.1, 0.3),
-    "nso": (0.001, 0.003, 0.006),
+    "nso": (0.001, 0.003, 0.01),
     "nso-relative": (0.03, 0.1, 0.2),
     "nso-micro": (0.03, 0.1, 0.2),
     "wp-micro": (0.03, 0.1, 0.2),
@@ -55,7 +55,7 @@ class Options(comparison.Options):
     batch_size: arguments.Count = 16
     rates: tuple[float, ...] = (1e-4,)
     weight_decays: tuple[float, ...] = (0.0, 1e-2, 1e-1)
-    points: arguments.Count = 2
+    points: arguments.Count = 1
     point_products: arguments.Count = 4
     final_products: arguments.Count = 8
     # XTrace keeps 16 bytes for each weight and product, and of these weights there are 22 million.
