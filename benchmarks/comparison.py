@@ -18,6 +18,7 @@ from rich.progress import Progress
 
 from benchmarks import arguments, data, measuring, plots, table, training
 from benchmarks.data import Examples
+from benchmarks.files import UserError
 from benchmarks.journal import Journal
 from benchmarks.measuring import Gauge
 from benchmarks.methods import METHODS, Method, Name
@@ -27,7 +28,6 @@ from nso_jax import curvature
 TUNING_SEED = 100  # and those after it; they draw other examples than the seeds of the results
 CHUNK = 250  # examples evaluated at once
 FAMILY = ("sam", "asam", "usam", "rsam")  # the rivals of the paper's claims
-FOR_ACCURACY = ("nso-micro", "wp-micro")  # the variants that are to reach the rivals' accuracy
 
 
 class Split(NamedTuple):
@@ -129,8 +129,15 @@ def compare(problem: Problem, options: Options, journal: Journal, progress: Prog
 
     Returns:
         The figures, ready for JSON: `tuning`, `chosen` and `runs`.
+
+    Raises:
+        UserError: The gradients make no whole number of a method's steps.
     """
     methods = problem.methods(options.methods)
+    for name, method in methods.items():
+        if options.gradients % method.gradients_per_step:
+            wanted = f"a multiple of {method.gradients_per_step}, what {name} takes in a step"
+            raise UserError(f"argument --gradients: expected {wanted}, got {options.gradients}")
     number = sum(len(grid(method, options)) for method in methods.values()) * options.tuning_seeds
     total = (number + options.seeds * len(methods)) * options.gradients
     advance = functools.partial(progress.advance, progress.add_task(problem.name, total=total))

@@ -7,14 +7,17 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import scipy.stats
+from flax import nnx
+from rich.progress import Progress
 
 from benchmarks import __main__ as cli
-from benchmarks import ablate, comparison, images, plots, table, training
+from benchmarks import ablate, checkpoints, comparison, images, plots, table, training
 from benchmarks.comparison import Knobs, Options
-from benchmarks.journal import LINES
+from benchmarks.journal import LINES, Journal
 from benchmarks.methods import METHODS
 
 ROOT = Path(__file__).parents[2]
@@ -87,6 +90,14 @@ def test_claims_are_those_of_the_figures():
     assert "The Hessian trace is lower than that of asam" in told
     assert "nso 50 % (50 to 50)" in told
     assert "ahead of sam and sgd, seed by seed: nso -5.0 ± 0.0 and +15.0 ± 0.0." in told
+
+
+def test_gradients_that_make_no_whole_steps_are_refused(tmp_path, capsys):
+    words = ["images", *TINY, "--gradients", "13", "--methods", "sam", "--work", str(tmp_path / "work")]
+    assert cli.main([*words, "--out", str(tmp_path / "out")]) == 2
+    assert (
+        "--gradients: expected a multiple of 2, what sam takes in a step, got 13" in capsys.readouterr().err
+    )
 
 
 @pytest.fixture(scope="module")
@@ -168,3 +179,25 @@ def test_an_ablation_leaves_its_figures(tmp_path, monkeypatch):
         float(variant["noise"]) > 0 for variant in results["variants"] if "sgd" not in variant["value"]
     )
     assert (tmp_path / "out" / "ablate.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("network", "scratch"), [("small-resnet", False), ("vit", False), ("resnet18", True)]
+)
+def test_every_network_starts_a_problem(network, scratch, tmp_path, monkeypatch):
+    """Fine-tuning starts from the same weights but the head's for all seeds, and training from others."""
+    monkeypatch.setattr(images, "DIGITS_TRAIN", 300)
+    options = images.Options(
+        network=network, scratch=scratch, per_class=4, pretraining_epochs=1, work=tmp_path / "work"
+    )
+    journal = Journal(options.work, options.settings(), resume=False)
+    with Progress(disable=True) as progress:
+        problem = images.make_problem(options, journal, progress)
+    one, other = (nnx.state(problem.task.model(seed), nnx.Param) for seed in (0, 1))
+    same = checkpoints.named(jax.tree.map(lambda a, b: bool((a == b).all()), one, other))
+    norms_and_biases = {name for name in same if name.endswith(("bias", "scale"))}
+    equal = {name for name, flag in same.items() if flag}
+    assert equal == (norms_and_biases if scratch else set(same) - {"head.kernel"})
+    split = problem.split(0)
+    assert split.train.inputs.shape == (4 * (10 if scratch else 5), 8, 8, 1)
+    assert problem.task.model(0)(split.test.inputs[:2]).shape == (2, 10 if scratch else 5)
