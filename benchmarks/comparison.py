@@ -326,7 +326,6 @@ HEADERS: tuple[str, ...] = (
     "test accuracy (%)",
     "Hessian trace",
     "largest eigenvalue",
-    "steps",
 )
 
 
@@ -344,12 +343,21 @@ def caption(results: dict[str, Any]) -> str:
         f"Mean ± 95 % interval over {settings['seeds']} seeds: of the {sizes['train']} examples to train on, "
         "their order, the weights that are not pretrained, and the noise. "
         f"{sizes['test']:,} examples to test on. Every method takes {settings['gradients']} gradient "
-        f"evaluations on {settings['batch_size']} examples each. Strength and rate: of the least loss on "
-        f"{sizes['validation']} validation examples, a mean over {settings['tuning_seeds']} other seeds, of "
-        f"{fewest} to {most} pairs for each method. Trace and eigenvalue: of the Hessian of the loss over "
+        f"evaluations on {settings['batch_size']} examples each{_steps(results)}. Strength and "
+        f"rate: of the least loss on {sizes['validation']} validation examples, a mean over "
+        f"{settings['tuning_seeds']} other seeds, of {fewest} to {most} pairs for each method. Trace and eigenvalue: of the Hessian of the loss over "
         f"all training examples, at the end. {claims(results)} On {machine['cpu_count']} CPU "
         f"cores ({machine['device']})."
     )
+
+
+def _steps(results: dict[str, Any]) -> str:
+    """How many gradients the methods take in a step, unless it is one for all."""
+    names: dict[int, list[str]] = {}
+    for name, knobs in results["chosen"].items():
+        names.setdefault(knobs["gradients_per_step"], []).append(name)
+    told = [f"{count} in a step by {', '.join(of)}" for count, of in sorted(names.items()) if count > 1]
+    return f" ({'; '.join(told)})" if told else ""
 
 
 def claims(results: dict[str, Any]) -> str:
@@ -400,7 +408,6 @@ def _row(name: str, results: dict[str, Any]) -> list[str]:
         f"{knobs['strength']:g}" if len(METHODS[name].strengths) > 1 else "",
         f"{knobs['rate']:g}",
         *cells(_runs(results, name)),
-        f"{int(results['settings']['gradients'] / knobs['gradients_per_step']):,}",
     ]
 
 

@@ -18,20 +18,14 @@ _STYLES = {
     "asam": ("#D55E00", "-."),
     "wp-sgd": ("#CC79A7", "-."),
     "nso": ("#0072B2", "-"),
+    "nso-relative": ("#0072B2", "--"),
     "nso-micro": ("#56B4E9", "-"),
     "wp-micro": ("#009E73", "--"),
 }
 _OTHER = ("#999999", ":")
 _ORDER = {"-": 2.0, "--": 2.1, "-.": 2.2, ":": 2.3}  # a line with gaps lets the one below be seen
-FOLLOWED = (
-    "sgd",
-    "adam",
-    "sam",
-    "asam",
-    "nso",
-    "nso-micro",
-    "wp-micro",
-)  # over a training, where space is short
+# Those that are followed over a training, where space is short.
+FOLLOWED = tuple(name for name in _STYLES if name != "wp-sgd")
 
 
 def deviation(values: np.ndarray) -> np.ndarray:
