@@ -343,11 +343,11 @@ def caption(results: dict[str, Any]) -> str:
         f"Mean ± 95 % interval over {settings['seeds']} seeds: of the {sizes['train']} examples to train on, "
         "their order, the weights that are not pretrained, and the noise. "
         f"{sizes['test']:,} examples to test on. Every method takes {settings['gradients']} gradient "
-        f"evaluations on {settings['batch_size']} examples each{_steps(results)}. Strength and "
-        f"rate: of the least loss on {sizes['validation']} validation examples, a mean over "
-        f"{settings['tuning_seeds']} other seeds, of {fewest} to {most} pairs for each method. Trace and eigenvalue: of the Hessian of the loss over "
-        f"all training examples, at the end. {claims(results)} On {machine['cpu_count']} CPU "
-        f"cores ({machine['device']})."
+        f"evaluations on {settings['batch_size']} examples each{_steps(results)}. "
+        f"Strength and rate: of the least loss on {sizes['validation']} validation examples, a mean over "
+        f"{settings['tuning_seeds']} other seeds, of {fewest} to {most} pairs for each method. "
+        "Trace and eigenvalue: of the Hessian of the loss over all training examples, at the end. "
+        f"{claims(results)} On {machine['cpu_count']} CPU cores ({machine['device']})."
     )
 
 
@@ -398,6 +398,8 @@ def plot(results: dict[str, Any]) -> bytes:
     accuracy.set(title="Test accuracy (%)", xlabel="gradient evaluations")
     trace.set(title="Trace of the Hessian of the training loss", xlabel="gradient evaluations", yscale="log")
     end.set(title="At the end", xlabel="Hessian trace", ylabel="test accuracy (%)", xscale="log")
+    for axis in (trace.yaxis, end.xaxis):
+        plots.label_log_axis(axis)
     return plots.finish(figure, accuracy)
 
 

@@ -13,7 +13,6 @@ import optax
 from flax import nnx
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from rich.progress import Progress
 
 from benchmarks import arguments, checkpoints, data, plots
@@ -493,9 +492,7 @@ def _plot_rise(axes: Axes, noise: dict[str, Any]) -> None:
     axes.axvline(suggested, color=_ORANGE, linestyle="--", label=rf"suggested $\sigma$ = {suggested:.2g}")
     axes.set(title="Rise of the loss by weight noise", xlabel=r"$\sigma$ of a weight's noise")
     axes.set(xscale="log", yscale="log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    plots.label_log_axis(axes.xaxis)
     axes.legend(frameon=False, fontsize="small")
 
 

@@ -13,7 +13,6 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from flax import nnx
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from rich.console import Console
 from rich.progress import Progress
 
@@ -232,9 +231,7 @@ def plot_training(results: dict[str, Any]) -> bytes:
         plots.band(trace, name, x, [[point["trace"] for point in curve] for curve in curves], log=True)
     accuracy.set(title="Test accuracy (%)", xlabel="gradient evaluations")
     trace.set(title="Trace of the Hessian of the training loss", xlabel="gradient evaluations", yscale="log")
-    trace.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    trace.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    trace.yaxis.set_minor_formatter(NullFormatter())
+    plots.label_log_axis(trace.yaxis)
     return plots.finish(figure, accuracy)
 
 

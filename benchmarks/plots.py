@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import scipy.stats
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 # Colours of Okabe and Ito, which colour-blind readers can tell apart; and a dash pattern for print.
 _STYLES = {
@@ -62,6 +64,13 @@ def band(
     colour, dashes = _STYLES.get(name, _OTHER)
     axes.plot(x, middle, color=colour, linestyle=dashes, linewidth=2, label=name, zorder=_ORDER[dashes])
     axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+
+
+def label_log_axis(axis: Axis) -> None:
+    """Labels 1, 2, 5, 10 and so on, in full."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def bars(axes: Axes, ratios: Mapping[Any, dict[str, float]], spec: str, **style: Any) -> None:
