@@ -58,6 +58,9 @@ PUBLISHED = {
 TABLES = {
     "demo": "demo",
     "matrix-sensing": "matrix_sensing",
+    "images-digits": "images",
+    "images-mnist": "images",
+    "text-sst2": "text",
     "rivals": "rivals",
     "robustness": "robustness",
 }

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,22 @@ from nso_jax import noise
 SIGMA, SCALE = 0.02, 0.2  # of one noise for all weights, and of noise relative to the weights
 STRONG_DECAY = 2e-2
 DRAWS = 48  # of the gradient, for its variance
-ACCURACY, TRACE = "#0072B2", "#D55E00"
+MEAN, SEED = "#0072B2", "#D55E00"
+
+
+Choice = Literal[
+    "sigma",
+    "k",
+    "relative-noise",
+    "microbatches",
+    "one-sided-microbatches",
+    "sampler",
+    "sides",
+    "clean-weight",
+    "schedule",
+    "weight-decay",
+    "augmentation",
+]
 
 
 class Variant(NamedTuple):
@@ -41,7 +56,7 @@ class Variant(NamedTuple):
         augment: What is done to images.
     """
 
-    choice: str
+    choice: Choice
     value: str
     method: Method
     strength: float
@@ -55,10 +70,12 @@ class Options(images.Options):
     """Varies noise stability optimization, in fine-tuning on images.
 
     Attributes:
+        choices: What to vary.
         rate: The learning rate.
         weight_decay: Where it is not what is varied.
     """
 
+    choices: tuple[Choice, ...] = get_args(Choice)
     gradients: arguments.Count = 240
     points: arguments.Count = 1
     rate: float = 0.05
@@ -84,11 +101,11 @@ def variants() -> list[Variant]:
     made = [Variant("sigma", f"{sigma:g}", one, sigma) for sigma in (0.005, 0.01, 0.02, 0.04, 0.08)]
     made += [Variant("k", str(k), methods.nso(num_samples=k), SIGMA) for k in (1, 2, 4, 8)]
     made += [
-        Variant("relative noise", f"{scale:g}", relative(), scale) for scale in (0.05, 0.1, 0.2, 0.4, 0.8)
+        Variant("relative-noise", f"{scale:g}", relative(), scale) for scale in (0.05, 0.1, 0.2, 0.4, 0.8)
     ]
     made += [Variant("microbatches", str(m), relative(num_microbatches=m), SCALE) for m in (1, 2, 4, 8, 16)]
     made += [
-        Variant("microbatches, one-sided", str(m), relative(num_microbatches=m, antithetic=False), SCALE)
+        Variant("one-sided-microbatches", str(m), relative(num_microbatches=m, antithetic=False), SCALE)
         for m in (1, 4, 16)
     ]
     samplers = ("normal", "rademacher", "uniform", "laplace", "centered_binomial")
@@ -98,12 +115,12 @@ def variants() -> list[Variant]:
         for name, both, k in (("two", True, 1), ("one", False, 1), ("one, k = 2", False, 2))
     ]
     made += [
-        Variant("clean_weight", f"{weight:g}", methods.nso(clean_weight=weight), SIGMA)
+        Variant("clean-weight", f"{weight:g}", methods.nso(clean_weight=weight), SIGMA)
         for weight in (0.0, 0.25, 0.5, 0.75)
     ]
     made += [Variant("schedule", name, one, SIGMA, schedule=name) for name in training.SCHEDULES]
     made += [
-        Variant("weight decay", f"{name}{', decay' * decays}", method, SIGMA, decays=decays)
+        Variant("weight-decay", f"{name}{', decay' * decays}", method, SIGMA, decays=decays)
         for (name, method), decays in itertools.product((("sgd", plain), ("nso", one)), (False, True))
     ]
     made += [
@@ -126,10 +143,10 @@ def run(options: Options, progress: Progress) -> dict[str, Any]:
         All figures, ready for JSON.
     """
     journal = Journal(options.work, options.settings(), resume=options.resume)
-    made = variants()
+    made = [variant for variant in variants() if variant.choice in options.choices]
     problems = {
         augment: images.make_problem(dataclasses.replace(options, augment=augment), journal, progress)
-        for augment in dict.fromkeys(variant.augment for variant in made)
+        for augment in dict.fromkeys(["none", *(variant.augment for variant in made)])
     }
     gauge = measuring.gauge(measuring.split_network(problems["none"].task.model(0))[0])
     total = len(made) * options.seeds * options.gradients
@@ -196,15 +213,27 @@ def caption(results: dict[str, Any]) -> str:
 
 
 def plot(results: dict[str, Any]) -> bytes:
-    """Accuracy and trace of each variant, a panel for each choice, as PNG."""
-    choices = list(dict.fromkeys(variant["choice"] for variant in results["variants"]))
-    columns = 5
-    figure = Figure(figsize=(2.6 * columns, 2.6 * -(-len(choices) // columns)), layout="constrained")
-    panels = figure.subplots(-(-len(choices) // columns), columns, sharey=True).flatten()
-    for panel, choice in zip(panels, choices, strict=False):
-        _plot_choice(panel, choice, results)
-    for panel in panels[len(choices) :]:
-        panel.remove()
+    """Accuracy and trace of each variant, a column for each choice: means, a dot for each seed; as PNG."""
+    values: dict[str, list[dict[str, Any]]] = {}
+    for variant in results["variants"]:
+        values.setdefault(variant["choice"], []).append(variant)
+    figure = Figure(figsize=(1.5 + 0.42 * len(results["variants"]), 5), layout="constrained")
+    widths = [len(variants) for variants in values.values()]
+    panels = figure.subplots(2, len(values), sharey="row", squeeze=False, width_ratios=widths)
+    for column, (choice, variants) in zip(panels.T, values.items(), strict=True):
+        column[0].set_title(choice.replace("-", "\n"), fontsize="medium")
+        for axes, of, scale in zip(column, ("test_accuracy", "trace"), (100, 1), strict=True):
+            figures = [[scale * run[of] for run in _runs(variant, results)] for variant in variants]
+            _plot_values(axes, figures)
+        column[0].set_xticklabels([])
+        names = [variant["value"] for variant in variants]
+        column[1].set_xticks(range(len(names)), names, rotation=90, fontsize="small")
+    top = panels[0, 0].get_ylim()[1]
+    panels[0, 0].set(
+        ylabel="test accuracy (%)", ylim=(top - 12, top)
+    )  # what learns nothing may leave the picture
+    panels[1, 0].set(ylabel="Hessian trace", yscale="log")
+    plots.label_log_axis(panels[1, 0].yaxis)
     return plots.finish(figure)
 
 
@@ -246,23 +275,9 @@ def _runs(variant: dict[str, Any], results: dict[str, Any]) -> list[dict[str, An
     ]
 
 
-def _plot_choice(axes: Axes, choice: str, results: dict[str, Any]) -> None:
-    """Test accuracy on the left axis, the trace on the right one, on a log scale."""
-    chosen = [variant for variant in results["variants"] if variant["choice"] == choice]
-    names = [variant["value"] for variant in chosen]
-    accuracies, traces = (
-        np.array([[run[figure] for run in _runs(variant, results)] for variant in chosen]).T
-        for figure in ("test_accuracy", "trace")
-    )
-    places = np.arange(len(names))
-    mean, width = 100 * accuracies.mean(axis=0), 100 * plots.interval(accuracies)
-    axes.errorbar(places, mean, width, color=ACCURACY, marker="o", linewidth=1.5, capsize=2)
-    other = axes.twinx()
-    mean, width = np.log(traces).mean(axis=0), plots.interval(np.log(traces))
-    errors = np.exp([mean, mean + width]) - np.exp([mean - width, mean])
-    other.errorbar(
-        places, np.exp(mean), errors, color=TRACE, marker="s", linewidth=1, capsize=2, linestyle=":"
-    )
-    other.set_yscale("log")
-    axes.set_xticks(places, names, rotation=30, ha="right", fontsize="small")
-    axes.set_title(choice, fontsize="medium")
+def _plot_values(axes: Axes, figures: list[list[float]]) -> None:
+    places = np.arange(len(figures))
+    axes.plot(places, np.mean(figures, axis=1), color=MEAN, linewidth=1.5)
+    for place, of_seeds in zip(places, figures, strict=True):
+        axes.plot([place] * len(of_seeds), of_seeds, ".", color=SEED, markersize=5)
+    axes.set_xticks(places)

@@ -345,7 +345,7 @@ def caption(results: dict[str, Any]) -> str:
         f"{sizes['test']:,} examples to test on. Every method takes {settings['gradients']} gradient "
         f"evaluations on {settings['batch_size']} examples each{_steps(results)}. "
         f"Strength and rate: of the least loss on {sizes['validation']} validation examples, a mean over "
-        f"{settings['tuning_seeds']} other seeds, of {fewest} to {most} pairs for each method. "
+        f"{settings['tuning_seeds']} other seeds, of {fewest} to {most} pairs for a method. "
         "Trace and eigenvalue: of the Hessian of the loss over all training examples, at the end. "
         f"{claims(results)} On {machine['cpu_count']} CPU cores ({machine['device']})."
     )
@@ -400,7 +400,12 @@ def plot(results: dict[str, Any]) -> bytes:
     end.set(title="At the end", xlabel="Hessian trace", ylabel="test accuracy (%)", xscale="log")
     for axis in (trace.yaxis, end.xaxis):
         plots.label_log_axis(axis)
-    return plots.finish(figure, accuracy)
+    if len(results["runs"][0]["curve"]) > 1:
+        return plots.finish(figure, accuracy)
+    for panel in (accuracy, trace):  # of one point nothing is to be seen
+        panel.remove()
+    figure.set_size_inches(5, 4)
+    return plots.finish(figure)
 
 
 def _row(name: str, results: dict[str, Any]) -> list[str]:

@@ -28,7 +28,7 @@ def run(folder, *arguments):
     """A command's results and its table's rows, after checks of its files."""
     assert cli.main([*arguments, "--out", str(folder)]) == 0
     name = arguments[0]
-    assert {path.name for path in folder.iterdir()} == {f"{name}.json", f"{name}.png"}
+    assert {path.name for path in folder.iterdir()} == {f"{name}.{kind}" for kind in ("json", "md", "png")}
     picture = folder / f"{name}.png"
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert picture.stat().st_size < 150_000
