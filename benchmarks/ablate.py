@@ -27,7 +27,6 @@ STRONG_DECAY = 2e-2
 DRAWS = 48  # of the gradient, for its variance
 MEAN, SEED = "#0072B2", "#D55E00"
 
-
 Choice = Literal[
     "sigma",
     "k",
@@ -182,11 +181,10 @@ def run(options: Options, progress: Progress) -> dict[str, Any]:
         }
         for variant in made
     ]
-    sizes = {part: len(examples.labels) for part, examples in problem.split(0)._asdict().items()}
     journal.finish()
     return {
         "settings": options.settings(),
-        "data": {"name": problem.name, **sizes},
+        "data": problems["none"].sizes(),
         "variants": told,
         "runs": runs,
     }
@@ -229,9 +227,8 @@ def plot(results: dict[str, Any]) -> bytes:
         names = [variant["value"] for variant in variants]
         column[1].set_xticks(range(len(names)), names, rotation=90, fontsize="small")
     top = panels[0, 0].get_ylim()[1]
-    panels[0, 0].set(
-        ylabel="test accuracy (%)", ylim=(top - 12, top)
-    )  # what learns nothing may leave the picture
+    # What learns nothing may leave the picture.
+    panels[0, 0].set(ylabel="test accuracy (%)", ylim=(top - 12, top))
     panels[1, 0].set(ylabel="Hessian trace", yscale="log")
     plots.label_log_axis(panels[1, 0].yaxis)
     return plots.finish(figure)

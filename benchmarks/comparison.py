@@ -54,6 +54,11 @@ class Problem:
     split: Callable[[int], Split]
     strengths: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
 
+    def sizes(self) -> dict[str, Any]:
+        """What it is called, and how many examples each part of a split has, ready for JSON."""
+        parts = self.split(0)._asdict().items()
+        return {"name": self.name, **{part: len(examples.labels) for part, examples in parts}}
+
     def methods(self, names: Sequence[str]) -> dict[str, Method]:
         """The methods of these names, plain training first."""
         made = {
@@ -169,12 +174,11 @@ def compare(problem: Problem, options: Options, journal: Journal, progress: Prog
         for (name, knobs), seed in itertools.product(chosen.items(), range(options.seeds))
     ]
     assert len({run["evaluations"] for run in runs}) == 1, "methods differ in gradient evaluations"  # noqa: S101
-    sizes = {part: len(examples.labels) for part, examples in problem.split(0)._asdict().items()}
     journal.finish()
     return {
         "name": problem.name,
         "settings": options.settings(),
-        "data": {"name": problem.name, **sizes},
+        "data": problem.sizes(),
         "chosen": {
             name: {"gradients_per_step": methods[name].gradients_per_step, **knobs._asdict()}
             for name, knobs in chosen.items()

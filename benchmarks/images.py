@@ -126,7 +126,7 @@ def caption(results: dict[str, Any]) -> str:
 def _load(options: Options) -> tuple[str, list[Pool]]:
     """The images of the classes to pretrain on, unless there are none, and of those to learn."""
     name = "digits" if options.data is None else data.name(options.data)
-    train, test = _images(options.data)
+    train, test = _images(options.data, DIGITS_TRAIN)
     number = int(train.labels.max()) + 1
     if options.scratch:
         return name, [Pool(train, test, number)]
@@ -136,9 +136,10 @@ def _load(options: Options) -> tuple[str, list[Pool]]:
     ]
 
 
-def _images(source: str | None) -> tuple[Examples, Examples]:
+@functools.cache
+def _images(source: str | None, num_digits: int) -> tuple[Examples, Examples]:
     if source is None:
-        digits = data.digits(0, DIGITS_TRAIN)
+        digits = data.digits(0, num_digits)
         return digits.train, digits.test
     train, test, _ = data.load_images(source)
     return train, test

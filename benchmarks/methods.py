@@ -244,6 +244,7 @@ def _hessian_trace(loss: Loss, key: jax.Array, model: nnx.Module, batch: Example
     return penalties.hessian_trace(key, of_params, params)
 
 
+@functools.cache  # so that what is compiled for a method serves all that are alike
 def nso(
     *,
     relative: bool = False,
