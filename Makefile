@@ -1,9 +1,11 @@
-# `make demo` and `make test` need Python 3.11 or newer and nothing else: each makes what it lacks in .venv.
+# All that this needs is Python 3.11 or newer: each target makes what it lacks in .venv, .venv-oldest, .venv-newest.
 PYTHON ?= python3
+NEWEST ?= $(or $(shell for version in 3.14 3.13 3.12; do \
+	PYENV_VERSION=$$version python$$version -c 'import sys; print(sys.executable)' 2>/dev/null && break; done),$(PYTHON))
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-oldest test-newest nightly reliability lint clean
 
 demo: $(READY)
 	$(BIN)/python -m benchmarks demo
@@ -14,6 +16,20 @@ test: lint
 	$(BIN)/python -m pytest -n 2 -m "not timing"
 	XLA_FLAGS= $(BIN)/python -m pytest -m timing tests
 	$(BIN)/python -m pytest --nbmake notebooks
+
+# The library's tests on the oldest versions that pyproject.toml allows, and on the newest with the newest Python.
+# Other libraries of today use what the oldest JAX deprecates.
+test-oldest: .venv-oldest/ready
+	.venv-oldest/bin/python -m pytest -n 2 -m "not timing" --ignore tests/benchmarks -W default::DeprecationWarning
+
+test-newest: .venv-newest/ready
+	.venv-newest/bin/python -m pytest -n 2 -m "not timing" --ignore tests/benchmarks
+
+nightly: $(READY)
+	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/test_properties.py
+
+reliability: $(READY)
+	$(BIN)/python -m benchmarks reliability
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -26,5 +42,16 @@ $(READY): pyproject.toml nso_jax/__init__.py
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $(READY)
 
+.venv-oldest/ready: pyproject.toml nso_jax/__init__.py
+	$(PYTHON) -m venv .venv-oldest
+	$(PYTHON) tests/floors.py > .venv-oldest/floors.txt
+	.venv-oldest/bin/python -m pip install --quiet --editable '.[dev]' --constraint .venv-oldest/floors.txt
+	touch $@
+
+.venv-newest/ready: pyproject.toml nso_jax/__init__.py
+	$(NEWEST) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[dev]'
+	touch $@
+
 clean:
-	rm -rf .venv runs dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-oldest .venv-newest runs dist .mypy_cache .pytest_cache .ruff_cache

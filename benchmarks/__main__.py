@@ -5,6 +5,7 @@ Everything but the standard library is imported late, so that a missing package 
 
 import _thread
 import dataclasses
+import functools
 import importlib
 import json
 import os
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import table
-from benchmarks.files import RESULTS, UserError, output_folder, read_file, write_files
+from benchmarks.files import RESULTS, UserError, output_folder, read_file, write_files, write_into
 
 
 class Command(NamedTuple):
@@ -44,6 +45,8 @@ COMMANDS = {
     "ablate": Command("what each choice in noise stability optimization is worth"),
     "rivals": Command("what SAM, its family and penalties cost"),
     "robustness": Command("accuracy under attack, after input penalties or NSO"),
+    "precision": Command("what 16-bit numbers do to small noise, and to training with it"),
+    "reliability": Command("faults, odd inputs and long runs, and what is lost by them", devices=8),
     "publish": Command("copies a demo's output to benchmarks/results and README.md"),
     "readme": Command("writes the tables of benchmarks/results to README.md"),
 }
@@ -63,6 +66,8 @@ TABLES = {
     "text-sst2": "text",
     "rivals": "rivals",
     "robustness": "robustness",
+    "precision": "precision",
+    "reliability": "reliability",
 }
 README = Path(__file__).parent.parent / "README.md"
 
@@ -127,7 +132,11 @@ def _measure(name: str, module: Any, options: Any) -> None:
             from benchmarks import report  # noqa: PLC0415
 
             files = report.measure(module, name, options)
-        write_files({options.out / file: content for file, content in files.items()})
+        write_into(options.out, files)
+        if hasattr(options, "work"):
+            from benchmarks import journal  # noqa: PLC0415
+
+            journal.finish(options.work)
     print(f"{options.out}: {', '.join(files)}")
 
 
@@ -165,8 +174,9 @@ def _readme_with(fresh: dict[str, bytes]) -> str:
     for name, module in TABLES.items():
         results = json.loads(fresh.get(name) or read_file(RESULTS / f"{name}.json"))
         tabular = importlib.import_module(f"benchmarks.{module}")
-        made = tabular.markdown(results) if module == "rivals" else table.markdown(tabular, results)
-        text = table.replace_in(text, f"{name}-table", made)
+        # Some have another table for readers than the one of all figures.
+        markdown = getattr(tabular, "markdown", functools.partial(table.markdown, tabular))
+        text = table.replace_in(text, f"{name}-table", markdown(results))
     return text
 
 

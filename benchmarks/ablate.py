@@ -181,7 +181,6 @@ def run(options: Options, progress: Progress) -> dict[str, Any]:
         }
         for variant in made
     ]
-    journal.finish()
     return {
         "settings": options.settings(),
         "data": problems["none"].sizes(),

@@ -21,6 +21,11 @@ class Output:
 
     out: Path = RESULTS
 
+    def settings(self) -> dict[str, Any]:
+        """What somebody needs to know to go on with the run or to repeat it, ready for JSON."""
+        elsewhere = {"out", "work", "resume"}
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in elsewhere}
+
 
 @dataclasses.dataclass(frozen=True)
 class Resumable(Output):
@@ -33,11 +38,6 @@ class Resumable(Output):
 
     work: Path = Path("runs/work")
     resume: bool = False
-
-    def settings(self) -> dict[str, Any]:
-        """What somebody needs to know to go on with the run or to repeat it, ready for JSON."""
-        elsewhere = {"out", "work", "resume"}
-        return {name: value for name, value in dataclasses.asdict(self).items() if name not in elsewhere}
 
 
 def at_least(least: int) -> PrimitiveConstructorSpec[Any]:

@@ -174,7 +174,6 @@ def compare(problem: Problem, options: Options, journal: Journal, progress: Prog
         for (name, knobs), seed in itertools.product(chosen.items(), range(options.seeds))
     ]
     assert len({run["evaluations"] for run in runs}) == 1, "methods differ in gradient evaluations"  # noqa: S101
-    journal.finish()
     return {
         "name": problem.name,
         "settings": options.settings(),

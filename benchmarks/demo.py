@@ -184,7 +184,6 @@ def run(options: Options, progress: Progress) -> dict[str, Any]:
         runs.append({"method": name, "seed": seed, **figures})
     counts = {run["evaluations"] for run in runs}
     assert counts == {options.gradients}, f"the methods took {counts} gradient evaluations"  # noqa: S101
-    journal.finish()
     return {"settings": settings, "runs": runs}
 
 

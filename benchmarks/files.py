@@ -65,6 +65,22 @@ def write_files(contents: Mapping[Path, bytes | str]) -> None:
             path.unlink(missing_ok=True)
 
 
+def write_into(folder: Path, contents: Mapping[str, bytes | str]) -> None:
+    """Writes files into a folder, and nowhere else.
+
+    Args:
+        folder: Where.
+        contents: What goes into each file.
+
+    Raises:
+        UserError: A name leads elsewhere, or a file cannot be written; then none of them is changed.
+    """
+    for name in contents:
+        if name != Path(name).name or name == "..":
+            raise UserError(f"cannot write {name!r}: expected the plain name of a file")
+    write_files({folder / name: content for name, content in contents.items()})
+
+
 def read_file(path: Path) -> bytes:
     """The content of a file.
 

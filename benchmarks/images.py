@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import hashlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -15,18 +17,23 @@ from rich.progress import Progress
 from benchmarks import arguments, augmentation, checkpoints, comparison, data, models, training
 from benchmarks.comparison import Problem, Split
 from benchmarks.data import Examples
-from benchmarks.files import read_file, write_files
+from benchmarks.files import UserError, read_file, write_files
 from benchmarks.journal import Journal
 from benchmarks.methods import METHODS
 from benchmarks.training import Task
 
 PRETRAINING_RATE, PRETRAINING_DECAY = 0.1, 5e-4
 PRETRAINING_BATCH = 100
+MLP_WIDTH = 256
+# Its weights are so many that they bear more noise.
+MLP_STRENGTHS = {"nso": (0.01, 0.02, 0.05, 0.1)} | dict.fromkeys(
+    ("nso-relative", "nso-micro", "wp-micro"), (0.1, 0.2, 0.4, 0.8)
+)
 DIGITS_TRAIN = 797  # of 1,797: those that are not for the test
 
 HEADERS, rows, plot = comparison.HEADERS, comparison.rows, comparison.plot
 
-NetworkName = Literal["small-resnet", "resnet18", "vit"]
+NetworkName = Literal["small-resnet", "resnet18", "vit", "mlp"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,8 +79,10 @@ def run(options: Options, progress: Progress) -> dict[str, Any]:
         All figures, ready for JSON.
 
     Raises:
-        UserError: The images cannot be read or are too few.
+        UserError: The images cannot be read or are too few, or the network cannot be fine-tuned.
     """
+    if options.network == "mlp" and not options.scratch:
+        raise UserError("argument --network mlp: needs --scratch, for it has no head apart to be learnt anew")
     journal = Journal(options.work, options.settings(), resume=options.resume)
     problem = make_problem(options, journal, progress)
     return comparison.compare(problem, options, journal, progress)
@@ -105,7 +114,7 @@ def make_problem(options: Options, journal: Journal, progress: Progress) -> Prob
         return augmentation.batches(augment, key, drawn, first)
 
     task = Task(model, batches, options.per_class * pool.num_classes)
-    return Problem(name, task, split)
+    return Problem(name, task, split, MLP_STRENGTHS if options.network == "mlp" else {})
 
 
 def caption(results: dict[str, Any]) -> str:
@@ -129,7 +138,7 @@ def _load(options: Options) -> tuple[str, list[Pool]]:
     train, test = _images(options.data, DIGITS_TRAIN)
     number = int(train.labels.max()) + 1
     if options.scratch:
-        return name, [Pool(train, test, number)]
+        return f"{name}-scratch", [Pool(train, test, number)]
     halves = range(number // 2), range(number // 2, number)
     return name, [
         Pool(data.only_classes(train, half), data.only_classes(test, half), len(half)) for half in halves
@@ -151,6 +160,8 @@ def _network(name: NetworkName, shape: tuple[int, ...], num_classes: int, seed: 
         return models.resnet18(num_classes, channels=shape[2], rngs=rngs)
     if name == "vit":
         return models.ViT((shape[0], shape[1], shape[2]), num_classes, patch=max(2, shape[0] // 4), rngs=rngs)
+    if name == "mlp":
+        return models.MLP((math.prod(shape), MLP_WIDTH, MLP_WIDTH, num_classes), rngs=rngs)
     stride = 1 if shape[0] < 16 else 2
     return models.small_resnet(num_classes, channels=shape[2], stem_stride=stride, rngs=rngs)
 
@@ -176,13 +187,17 @@ def _pretrained(options: Options, pool: Pool, journal: Journal, progress: Progre
             journal=journal,
             advance=functools.partial(progress.advance, shown),
         )
-        write_files({path: checkpoints.dump(trained.model)})
+        content = checkpoints.dump(trained.model)
+        write_files({path: content})
         accuracy = comparison.accuracy(trained.model, pool.test)
         progress.console.print(
             f"pretraining: test {100 * accuracy:.1f} %, {trained.seconds:.0f} s", highlight=False
         )
-        return {"test_accuracy": accuracy}
+        return {"test_accuracy": accuracy, "sha256": hashlib.sha256(content).hexdigest()}
 
-    journal.once("pretraining", compute)
+    result = journal.once("pretraining", compute)
     progress.remove_task(shown)
-    return safetensors.numpy.load(read_file(path))
+    content = read_file(path)
+    if hashlib.sha256(content).hexdigest() != result["sha256"]:
+        raise UserError(f"{path} is damaged; remove {options.work} to start over")
+    return safetensors.numpy.load(content)

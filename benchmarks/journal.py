@@ -1,14 +1,18 @@
 """What a long run leaves as it goes: figures as lines of JSON, and the state of the training under way.
 
-A run that was killed at any moment goes on from here, and ends as it would have without that.
+A run that was killed at any moment goes on from here, and ends as it would have without that. What was
+damaged since then is named and done again: lines and checkpoints have checksums, for neither JSON nor Orbax
+notices a flipped bit in a number.
 """
 
+import hashlib
 import json
 import os
 import re
 import shutil
 import time
 import warnings
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +25,7 @@ from benchmarks.files import UserError, read_file, write_files
 LINES = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 CHECKPOINT_SECONDS = 60.0  # what a kill may cost; saving takes a tenth of a second and more
-KEPT = 2  # checkpoints: the older one is for the case that the last cannot be read
+KEPT = 2  # checkpoints: the older one is for the case that the last is damaged
 
 Record = dict[str, Any]
 
@@ -32,8 +36,8 @@ class Journal:
     """The records of a run's trainings, one after another.
 
     The file `metrics.jsonl` has a line with the run's settings, then for each training one for each of its
-    points and one with its result, and one at the end of a finished run. The folder `checkpoints` has the
-    last states of the training under way.
+    points, one with the digest of each checkpoint and one with its result, and one at the end of a finished
+    run. The folder `checkpoints` has the last states of the training under way.
     """
 
     def __init__(
@@ -106,9 +110,12 @@ class Journal:
         self._last_save = time.monotonic()
         with self._manager() as manager:
             manager.save(step, args=ocp.args.StandardSave(state))
+        # A checkpoint without this line was not finished.
+        digest = _digest(self._checkpoints / str(step))
+        self._append({"training": self._training, "step": step, "digest": digest})
 
     def restore(self, like: nnx.State) -> tuple[int, nnx.State, list[Record]] | None:
-        """The last state of the training under way that can be read.
+        """The last state of the training under way that is as it was saved.
 
         Args:
             like: A state of the same structure.
@@ -117,27 +124,23 @@ class Journal:
             The number of steps taken, the state, and the figures until then; None before the first is saved.
         """
         step, state = self._last(like) if self._checkpoints.exists() else (0, None)
-        later = [line for line in self._lines if self._is_point(line) and line["step"] > step]
+        later = [line for line in self._of_training() if line.get("step", 0) > step]
         if later:
             self._lines = [line for line in self._lines if line not in later]
             self._rewrite()
-        figures = [line["figures"] for line in self._lines if self._is_point(line)]
+        figures = [line["figures"] for line in self._of_training() if "figures" in line]
         return None if state is None else (step, state, figures)
 
-    def finish(self) -> None:
-        """Marks the run as finished, with nothing left to lose."""
-        if self._lines[-1] != FINISHED:
-            self._append(FINISHED)
-
     def _last(self, like: nnx.State) -> tuple[int, nnx.State | None]:
+        digests = {line["step"]: line["digest"] for line in self._of_training() if "digest" in line}
         with self._manager() as manager:
             for step in sorted(manager.all_steps(), reverse=True):
-                try:
+                path = self._checkpoints / str(step)
+                if digests.get(step) == _digest(path):
                     return step, manager.restore(step, args=ocp.args.StandardRestore(like))
-                except Exception as error:  # noqa: BLE001  # Orbax raises whatever a broken file leads to
-                    path, reason = self._checkpoints / str(step), str(error).partition("\n")[0]
-                    warnings.warn(f"{path} cannot be read and is left out: {reason}", stacklevel=2)
-                    manager.delete(step)
+                if step in digests:
+                    warnings.warn(f"{path} is damaged and is left out", stacklevel=2)
+                manager.delete(step)
         return 0, None
 
     def _manager(self) -> ocp.CheckpointManager:
@@ -148,36 +151,78 @@ class Journal:
     def _checkpoints(self) -> Path:
         return self._folder / re.sub(r"[^\w.-]+", "-", self._training)
 
-    def _is_point(self, line: Record) -> bool:
-        return line.get("training") == self._training and "step" in line
+    def _of_training(self) -> list[Record]:
+        return [line for line in self._lines if line.get("training") == self._training]
 
     def _append(self, line: Record) -> None:
         self._lines.append(line)
-        try:
-            with self._path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise UserError(f"cannot write {self._path}: {error.strerror}") from error
+        _append(self._path, line)
 
     def _rewrite(self) -> None:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot make {self._path.parent}: {error.strerror}") from error
-        write_files({self._path: "".join(json.dumps(line) + "\n" for line in self._lines)})
+        write_files({self._path: "".join(_dump(line) + "\n" for line in self._lines)})
+
+
+def finish(folder: Path) -> None:
+    """Marks the run in a folder as finished: what it found is written, and there is nothing left to lose."""
+    if _read(folder / LINES)[-1:] != [FINISHED]:
+        _append(folder / LINES, FINISHED)
+
+
+def _append(path: Path, line: Record) -> None:
+    try:
+        with path.open("a") as file:
+            file.write(_dump(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 def _read(path: Path) -> list[Record]:
-    """The lines of a file, if there is one, without the last if it is torn."""
+    """The lines of a file, if there is one, without the last if it is torn, nor what damage makes useless."""
     if not path.exists():
         return []
     *whole, _ = read_file(path).split(b"\n")
+    lines: list[Record] = []
+    damaged = False
+    for number, text in enumerate(whole, 1):
+        line = _parse(text)
+        if line is None:
+            if number == 1:
+                raise UserError(f"cannot read {path}: line 1 is damaged; remove the file to start over")
+            damaged = True
+            warnings.warn(f"{path}, line {number} is damaged: what it said is computed again", stacklevel=3)
+        elif not damaged or "result" in line:  # points and checkpoints need the points before them
+            lines.append(line)
+    return lines
+
+
+def _dump(line: Record) -> str:
+    return json.dumps(line | {"crc32": zlib.crc32(json.dumps(line).encode())})
+
+
+def _parse(text: bytes) -> Record | None:
+    """What a line says, if it is as it was written."""
     try:
-        return [json.loads(line) for line in whole]
-    except ValueError as error:
-        raise UserError(f"cannot read {path}: {error}") from error
+        line = json.loads(text)
+        del line["crc32"]
+        return line if _dump(line).encode() == text else None
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _digest(folder: Path) -> str:
+    """SHA-256 over the names and digests of a folder's files."""
+    whole = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        whole.update(f"{content} {path.relative_to(folder)}\n".encode())
+    return whole.hexdigest()
 
 
 def _difference(old: Record, new: Record) -> str:

@@ -117,7 +117,6 @@ def run(options: Options, progress: Progress) -> dict[str, Any]:
         compute = functools.partial(_costs, problem, methods, options, progress)
         costs[problem.name] = journal.once(f"{problem.name}, costs", compute)
     runs = _runs(problems, methods, options, journal, progress)
-    journal.finish()
     per_data = {problem.name: [run for run in runs if run["data"] == problem.name] for problem in problems}
     return {
         "settings": told,

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from nso_jax import noise
-from nso_jax._checks import PyTree, describe, dtype_of, is_inexact
+from nso_jax._checks import PyTree, broadcast_prefix, check_mapped, describe, dtype_of, is_inexact
 
 AxisName = Hashable | tuple[Hashable, ...]
 
@@ -20,6 +20,7 @@ def localize(
     With a copy that the devices share, JAX would sum gradients over them.
     """
     axes = as_tuple(axis_name)
+    check_mapped("axis_name", axes)
 
     def own(x: Any) -> Any:
         for axis in axes:
@@ -54,9 +55,13 @@ def other_axes(key: jax.Array, axis_name: AxisName | None) -> list[Hashable]:
     return [axis for axis in manual if axis not in as_tuple(axis_name) and not _varies(data, axis)]
 
 
-def varying_specs(params: PyTree, axes: list[Hashable]) -> PyTree:
-    """How the axes split the params, as partition specs; their order in a leaf does not matter here."""
-    return jax.tree.map(lambda x: jax.P(tuple(axis for axis in axes if _varies(x, axis))), params)
+def leaf_specs(params: PyTree, param_specs: PyTree, axes: list[Hashable]) -> PyTree:
+    """A partition spec for each leaf: the one given, or how JAX knows the axes to split it, in any order."""
+    if param_specs is None:
+        return jax.tree.map(lambda x: jax.P(tuple(axis for axis in axes if _varies(x, axis))), params)
+    specs = broadcast_prefix("param_specs", param_specs, params)
+    check_mapped("param_specs", {axis for spec in specs for axis in noise.axes_of(spec)})
+    return jax.tree.unflatten(jax.tree.structure(params), specs)
 
 
 def shared(tree: PyTree, axes: list[Hashable]) -> list[Any]:
@@ -64,8 +69,13 @@ def shared(tree: PyTree, axes: list[Hashable]) -> list[Any]:
     return [x for x in jax.tree.leaves(tree) if not any(_varies(x, axis) for axis in axes)]
 
 
-def check_param_specs(param_specs: PyTree, axis_name: AxisName | None) -> None:
-    """Raises TypeError for what is no partition spec, and ValueError for one that names `axis_name`."""
+def check_axes(axis_name: Any, param_specs: PyTree = None) -> None:
+    """Raises TypeError for no axis name or partition spec, and ValueError for a spec that has `axis_name`."""
+    # JAX takes an int for the number of an array's axis.
+    if not all(isinstance(axis, Hashable) and not isinstance(axis, int) for axis in as_tuple(axis_name)):
+        raise TypeError(
+            f"axis_name: expected the name of a mapped axis, or a tuple of names, got {describe(axis_name)}."
+        )
     for spec in jax.tree.leaves(param_specs):
         if not isinstance(spec, jax.P):
             raise TypeError(f"param_specs: expected partition specs, got {describe(spec)}.")

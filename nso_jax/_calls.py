@@ -8,19 +8,27 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nso_jax._checks import PyTree, check_inexact, check_loss, describe
+from nso_jax._checks import (
+    PyTree,
+    check_inexact,
+    check_loss,
+    describe,
+    dtype_of,
+    leaf_name,
+)
 
 Loss = Callable[[PyTree], tuple[jax.Array, PyTree]]
 Argnums = int | tuple[int, ...]
 
 
-def as_argnums(fun: Any, argnums: int | Sequence[int]) -> Argnums:
-    """`argnums` as one int or a tuple; raises TypeError if they are not, or if `fun` is no function."""
-    if not callable(fun):
-        raise TypeError(f"fun: expected a function, got {type(fun).__name__}.")
-    if isinstance(argnums, Sequence):
-        return tuple(map(operator.index, argnums))
-    return operator.index(argnums)
+def as_argnums(name: str, argnums: Any) -> Argnums:
+    """Numbers of arguments as one int or a tuple; raises TypeError if they are neither."""
+    try:
+        if isinstance(argnums, Sequence) and not isinstance(argnums, str | bytes):
+            return tuple(map(operator.index, argnums))
+        return operator.index(argnums)
+    except TypeError:
+        raise TypeError(f"{name}: expected an int or a sequence of ints, got {describe(argnums)}.") from None
 
 
 def bind(
@@ -45,6 +53,12 @@ def as_loss(out: Any, *, has_aux: bool) -> tuple[jax.Array, PyTree]:
     if has_aux and not (isinstance(out, tuple | list) and len(out) == 2):  # noqa: PLR2004
         raise TypeError(f"fun: has_aux is True, so expected a pair (loss, aux), got {describe(out)}.")
     value, aux_out = out if has_aux else (out, None)
+    for path, leaf in jax.tree.leaves_with_path(aux_out):
+        if not _is_numeric(dtype_of(leaf)):
+            raise TypeError(
+                f"fun: leaf {leaf_name(path)} of the auxiliary output is {describe(leaf)}, expected arrays "
+                "or numbers."
+            )
     returns_pair = isinstance(out, tuple) and not has_aux
     check_loss(value, " For a pair (loss, aux) set has_aux=True." if returns_pair else "")
     return value, aux_out
@@ -69,11 +83,34 @@ def check_update_arguments(name: str, params: PyTree, grad_fn: Any) -> None:
             "params: some are optax.MaskedNode, which no loss can take. Put optax.masked and optax.partition "
             f"inside, around what follows {name}. To perturb some leaves only, use mask."
         )
+    check_inexact(params)
+
+
+def check_like_params(name: str, grads: PyTree, params: PyTree) -> None:
+    """Raises ValueError or TypeError unless gradients have the structure and shapes of the params."""
+    given: Any = jax.tree.structure(grads)
+    expected: Any = jax.tree.structure(params)
+    if given != expected:
+        raise ValueError(f"{name}: expected a pytree like params, {expected}, got {given}.")
+    for (path, leaf), w in zip(jax.tree.leaves_with_path(grads), jax.tree.leaves(params), strict=True):
+        if not _is_numeric(dtype_of(leaf)) or jnp.shape(leaf) != jnp.shape(w):
+            raise ValueError(
+                f"{name}: leaf {leaf_name(path)} is {describe(leaf)}, expected the shape of {describe(w)}."
+            )
+    check_inexact(grads, name)
+
+
+def _is_numeric(dtype: Any) -> bool:
+    kinds = (jnp.number, jnp.bool_, jax.dtypes.extended)
+    return dtype is not None and any(jnp.issubdtype(dtype, kind) for kind in kinds)
 
 
 def _select(args: tuple[Any, ...], argnums: Argnums) -> PyTree:
     if isinstance(argnums, tuple):
-        return tuple(_select(args, i) for i in argnums)
+        selected = tuple(_select(args, i) for i in argnums)
+        if len({i % len(args) for i in argnums}) < len(argnums):
+            raise ValueError(f"argnums: {argnums} names one of the {len(args)} arguments twice.")
+        return selected
     if not -len(args) <= argnums < len(args):
         raise TypeError(f"argnums: {argnums} is out of range, got {len(args)} arguments after the key.")
     return args[argnums]

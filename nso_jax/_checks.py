@@ -1,6 +1,7 @@
 """Checks of arguments that all modules share: their errors say argument, value and, for a leaf, its path."""
 
-from collections.abc import Collection
+import contextlib
+from collections.abc import Callable, Collection, Hashable, Iterable
 from typing import Any
 
 import jax
@@ -24,6 +25,11 @@ def dtype_of(x: Any) -> Any:
     return jnp.result_type(x) if isinstance(x, int | float | complex) else None
 
 
+def leaf_name(path: tuple[Any, ...]) -> str:
+    """A leaf's path in an error message."""
+    return jax.tree_util.keystr(path) or "(the whole)"
+
+
 def is_inexact(leaf: Any) -> bool:
     """Whether an array has a mean: its dtype is float or complex."""
     return jnp.issubdtype(leaf.dtype, jnp.inexact)
@@ -42,7 +48,8 @@ def as_key(key: Any) -> jax.Array:
             return key
         raise TypeError(f"key: expected one PRNG key, got keys of shape {key.shape}; use jax.vmap.")
     if dtype == np.uint32 and key.ndim == 1:
-        return jax.random.wrap_key_data(key)
+        with contextlib.suppress(TypeError):  # another length than the default implementation's keys have
+            return jax.random.wrap_key_data(key)
     raise TypeError(f"key: expected a PRNG key such as jax.random.key(0), got {describe(key)}.")
 
 
@@ -56,7 +63,7 @@ def check_count(name: str, value: Any, minimum: int = 1) -> None:
 
 def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
     """Raises ValueError unless `value` is one of some names."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}.")
 
 
@@ -66,25 +73,60 @@ def check_flag(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected True or False, got {describe(value)}.")
 
 
+def check_function(name: str, value: Any, what: str = "a function") -> None:
+    """Raises TypeError unless `value` can be called."""
+    if not callable(value):
+        raise TypeError(f"{name}: expected {what}, got {describe(value)}.")
+
+
 def check_sampler(sampler: Any) -> None:
     """Raises TypeError unless `sampler` can be called."""
-    if not callable(sampler):
-        raise TypeError(
-            f"sampler: expected a function (key, shape, dtype) -> array, got {describe(sampler)}."
-        )
+    check_function("sampler", sampler, "a function (key, shape, dtype) -> array")
+
+
+def check_mapped(name: str, axes: Iterable[Hashable]) -> None:
+    """Raises ValueError for an axis over which nothing maps here."""
+    for axis in axes:
+        try:
+            jax.lax.axis_size(axis)
+        except NameError:
+            raise ValueError(
+                f"{name}: there is no mapped axis {axis!r} here; call the function inside shard_map, pmap or "
+                "vmap over it."
+            ) from None
+
+
+def check_real(name: str, value: Any, where: str = "") -> None:
+    """Raises TypeError unless `value` is a real number or an array of them."""
+    dtype = dtype_of(value)
+    if dtype is None or not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
+        raise TypeError(f"{name}: expected a real number{where}, got {describe(value)}.")
 
 
 def check_nonnegative(name: str, value: Any, path: str = "", what: str = "a number") -> None:
     """Raises TypeError unless `value` is real, and ValueError if it is known and not >= 0."""
     where = f" for leaf {path}" if path else ""
+    check_real(name, value, where)
     if isinstance(value, jax.core.Tracer):
         return
     numbers = np.asarray(jax.device_get(value))
-    if not jnp.issubdtype(numbers.dtype, np.floating) and numbers.dtype.kind not in "iu":
-        raise TypeError(f"{name}: expected a real number{where}, got {describe(value)}.")
     bad = numbers[~(numbers >= 0)]  # NaN compares false
     if bad.size:
         raise ValueError(f"{name}: expected {what} >= 0{where}, got {bad.flat[0]}.")
+
+
+def check_scalar(
+    name: str,
+    value: Any,
+    holds: Callable[[Any], bool] = lambda x: x >= 0,
+    expected: str = "a number >= 0",
+) -> None:
+    """Raises TypeError unless `value` is real, ValueError unless it is a scalar and, if known, in range."""
+    check_real(name, value)
+    if np.shape(value) != ():
+        raise ValueError(f"{name}: expected a scalar, got shape {np.shape(value)}.")
+    if not isinstance(value, jax.core.Tracer) and not holds(jax.device_get(value)):
+        raise ValueError(f"{name}: expected {expected}, got {value}.")
 
 
 def check_inexact(params: PyTree, name: str = "params") -> None:
@@ -93,8 +135,8 @@ def check_inexact(params: PyTree, name: str = "params") -> None:
         dtype = dtype_of(leaf)
         if dtype is None or not jnp.issubdtype(dtype, np.inexact):
             raise TypeError(
-                f"{name}: leaf {jax.tree_util.keystr(path) or '(the whole)'} is {describe(leaf)}, expected "
-                "float or complex numbers; keep other leaves out of the differentiated argument."
+                f"{name}: leaf {leaf_name(path)} is {describe(leaf)}, expected float or complex numbers; "
+                "keep other leaves out of the differentiated argument."
             )
 
 
@@ -121,6 +163,5 @@ def leaf_mask(mask: PyTree, params: PyTree) -> list[bool]:
     flags = broadcast_prefix("mask", True if mask is None else mask, params)
     for flag, (path, _) in zip(flags, jax.tree.leaves_with_path(params), strict=True):
         if not isinstance(flag, bool | np.bool_):
-            where = jax.tree_util.keystr(path)
-            raise TypeError(f"mask: expected True or False for leaf {where}, got {describe(flag)}.")
+            raise TypeError(f"mask: expected True or False for leaf {leaf_name(path)}, got {describe(flag)}.")
     return [bool(flag) for flag in flags]

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from nso_jax import _backend, noise
 from nso_jax._axes import (
     AxisName,
-    check_param_specs,
+    check_axes,
+    leaf_specs,
     localize,
     mean_over_axis,
     other_axes,
     shared,
-    varying_specs,
 )
 from nso_jax._calls import as_argnums, bind, cast_like
 from nso_jax._checks import (
@@ -23,10 +23,14 @@ from nso_jax._checks import (
     broadcast_prefix,
     check_count,
     check_flag,
+    check_function,
     check_sampler,
+    check_scalar,
     is_inexact,
 )
 from nso_jax.noise import Sampler, Sigma
+
+__all__ = ["value_and_grad"]
 
 Evaluate = Callable[[PyTree, jax.Array], tuple[PyTree, PyTree]]
 
@@ -63,7 +67,9 @@ def value_and_grad(
       fun: `fun(*args, **kwargs)` returning a real scalar, or a pair of that and auxiliary output.
       sigma: standard deviation of one weight's noise. A scalar, a prefix pytree of the differentiated
         argument (the tuple of them if `argnums` is one), or a function from it to such a prefix, as
-        `noise.relative` gives. It may be traced: a schedule is `sigma=schedule(step)` inside the step.
+        `noise.relative` gives. It may be traced: a schedule is `sigma=schedule(step)` inside the step. A
+        bfloat16 weight moves only for noise above |w|/512 to |w|/256 (float16 an eighth of that), and one
+        that is cast inside `fun` likewise.
       num_samples: k, the number of draws; 2k gradients are evaluated (k if not `antithetic`). More draws
         divide the estimate's variance by k. The default of 1 takes the most steps for a given cost.
       antithetic: evaluate at W + U and W - U. False gives one-sided noise ("weight-perturbed SGD"), whose
@@ -95,13 +101,15 @@ def value_and_grad(
       `fn(key, *args, **kwargs)`, returning `(value, grads)`, or `((value, aux), grads)` with `has_aux`, of
       the structure, shapes and dtypes that `jax.value_and_grad` gives. `value` is the mean loss over the
       same evaluations. Noise is added and gradients are summed in float32 at least. A non-finite
-      evaluation makes the result non-finite. Draw j uses `jax.random.split(key, k)[j]`.
+      evaluation makes the result non-finite, for `optax.apply_if_finite(optimizer, n)` to skip the step. Draw
+      j uses `jax.random.split(key, k)[j]`.
 
     Raises:
       TypeError: an argument has the wrong type, `key` is missing or not a PRNG key, a differentiated leaf
         is not inexact, or the loss is not a real scalar.
       ValueError: `sigma` is negative or NaN, `num_samples` or `chunk_size` is below 1, `clean_weight` is
-        outside [0, 1], `aux` is unknown, a prefix does not fit, or `param_specs` names `axis_name`.
+        outside [0, 1], `aux` is unknown, `argnums` names an argument twice, a prefix does not fit, nothing
+        maps over `axis_name` where `fn` is called, or `param_specs` names it.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -118,7 +126,8 @@ def value_and_grad(
     References:
       Zhang, Li and Ju, Noise Stability Optimization for Finding Flat Minima, arXiv 2306.08553, 2023.
     """
-    argnums = as_argnums(fun, argnums)
+    check_function("fun", fun)
+    argnums = as_argnums("argnums", argnums)
     options = {
         "sigma": sigma,
         "num_samples": num_samples,
@@ -132,6 +141,7 @@ def value_and_grad(
         "param_specs": param_specs,
     }
     check_options(**options)
+    check_flag("has_aux", has_aux)
     _check_aux_modes(aux)
 
     def value_and_grad_fn(key: jax.Array, /, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
@@ -210,7 +220,7 @@ def mean_over_draws(
       `averaged`, its mean, and `kept`, with the evaluations stacked along a new leading axis.
     """
     axes = other_axes(key, axis_name)
-    specs = varying_specs(params, axes) if param_specs is None else param_specs
+    specs = leaf_specs(params, param_specs, axes)
     params, key = localize(params, key, axis_name, independent_draws=independent_draws)
     keys = jax.random.split(key, num_samples)
     signs = (1, -1) if antithetic else (1,)
@@ -263,11 +273,8 @@ def check_options(
     check_flag("antithetic", antithetic)
     check_flag("independent_draws", independent_draws)
     check_sampler(sampler)
-    check_param_specs(param_specs, axis_name)
-    if jnp.shape(clean_weight) != ():
-        raise ValueError(f"clean_weight: expected a scalar, got shape {jnp.shape(clean_weight)}.")
-    if not isinstance(clean_weight, jax.core.Tracer) and not 0 <= jax.device_get(clean_weight) <= 1:
-        raise ValueError(f"clean_weight: expected a number in [0, 1], got {clean_weight}.")
+    check_axes(axis_name, param_specs)
+    check_scalar("clean_weight", clean_weight, lambda x: 0 <= x <= 1, "a number in [0, 1]")
 
 
 def _sum_over_chunks(
@@ -293,7 +300,7 @@ def _over_draws(fun: Callable[..., PyTree], size: int) -> Callable[..., PyTree]:
 
 
 def _merge_axes(x: jax.Array) -> jax.Array:
-    return x.reshape(-1, *x.shape[2:])
+    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
 
 def _mix(weight: Any, clean: Any, noisy: jax.Array) -> jax.Array:
@@ -324,5 +331,5 @@ def _is_zero(weight: Any) -> bool:
 
 def _check_aux_modes(aux: PyTree) -> None:
     for mode in jax.tree.leaves(aux):
-        if mode not in ("mean", "stack", "clean"):
+        if not isinstance(mode, str) or mode not in ("mean", "stack", "clean"):
             raise ValueError(f"aux: expected 'mean', 'stack' or 'clean', got {mode!r}.")

@@ -148,7 +148,9 @@ def microbatch(
       >>> grads["kernel"].shape
       (3, 1)
     """
-    argnums = parallel.check_microbatch(fn, num_microbatches, batch_argnums)
+    argnums = parallel.check_microbatch(
+        fn, num_microbatches, batch_argnums, axis_name, independent_draws=independent_draws
+    )
 
     def microbatched(key: jax.Array, /, *args: Any, **kwargs: Any) -> PyTree:
         fixed, batch = parallel.select_batch(args, argnums, num_microbatches)

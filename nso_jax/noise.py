@@ -15,7 +15,34 @@ import jax.numpy as jnp
 import numpy as np
 
 from nso_jax._backend import for_each_weight, with_fast_bits
-from nso_jax._checks import PyTree, as_key, broadcast_prefix, check_inexact, check_nonnegative, leaf_mask
+from nso_jax._checks import (
+    PyTree,
+    as_key,
+    broadcast_prefix,
+    check_choice,
+    check_inexact,
+    check_mapped,
+    check_nonnegative,
+    check_real,
+    check_sampler,
+    check_scalar,
+    describe,
+    leaf_mask,
+    leaf_name,
+)
+
+__all__ = [
+    "Relative",
+    "cauchy",
+    "centered_binomial",
+    "laplace",
+    "normal",
+    "perturb",
+    "perturbation",
+    "rademacher",
+    "relative",
+    "uniform",
+]
 
 Sampler = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 Sigma = Any  # a scalar, a prefix pytree of the params, or a function from the params to one
@@ -36,6 +63,9 @@ def normal(key: jax.Array, shape: tuple[int, ...] = (), dtype: Any = jnp.float32
 
     Returns:
       An array of independent draws with mean 0 and variance 1.
+
+    Raises:
+      TypeError: `key` is not a PRNG key.
 
     Example:
       >>> import jax
@@ -60,6 +90,9 @@ def rademacher(key: jax.Array, shape: tuple[int, ...] = (), dtype: Any = jnp.flo
     Returns:
       An array of independent draws with mean 0 and variance 1.
 
+    Raises:
+      TypeError: `key` is not a PRNG key.
+
     Example:
       >>> import jax
       >>> from nso_jax import noise
@@ -79,6 +112,9 @@ def uniform(key: jax.Array, shape: tuple[int, ...] = (), dtype: Any = jnp.float3
 
     Returns:
       An array of independent draws with mean 0 and variance 1.
+
+    Raises:
+      TypeError: `key` is not a PRNG key.
 
     Example:
       >>> import jax
@@ -102,6 +138,9 @@ def laplace(key: jax.Array, shape: tuple[int, ...] = (), dtype: Any = jnp.float3
     Returns:
       An array of independent draws with mean 0 and variance 1.
 
+    Raises:
+      TypeError: `key` is not a PRNG key.
+
     Example:
       >>> import jax
       >>> from nso_jax import noise
@@ -121,6 +160,9 @@ def centered_binomial(key: jax.Array, shape: tuple[int, ...] = (), dtype: Any = 
 
     Returns:
       An array of independent draws with mean 0 and variance 1; |u| is at most sqrt(8).
+
+    Raises:
+      TypeError: `key` is not a PRNG key.
 
     Example:
       >>> import jax
@@ -146,6 +188,9 @@ def cauchy(key: jax.Array, shape: tuple[int, ...] = (), dtype: Any = jnp.float32
     Returns:
       An array of independent draws with median 0.
 
+    Raises:
+      TypeError: `key` is not a PRNG key.
+
     Example:
       >>> import jax
       >>> from nso_jax import noise
@@ -157,7 +202,13 @@ def cauchy(key: jax.Array, shape: tuple[int, ...] = (), dtype: Any = jnp.float32
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Relative:
-    """What `relative` returns: a function from params to one standard deviation per weight."""
+    """What `relative` returns: a function from params to one standard deviation per weight.
+
+    Attributes:
+      scale: noise over weight, or over a root mean square of weights.
+      per: what the root mean square is of: `"weight"`, `"channel"` or `"tensor"`.
+      channel_axis: the axis that counts output channels.
+    """
 
     scale: Any
     per: Literal["weight", "channel", "tensor"]
@@ -165,17 +216,23 @@ class Relative:
 
     def __call__(self, params: PyTree) -> PyTree:
         """Standard deviations for `params`: a pytree like it, each leaf of a shape that broadcasts."""
-        return jax.tree.map(self._deviation, params)
+        check_inexact(params)
+        return jax.tree.map_with_path(self._deviation, params)
 
-    def _deviation(self, w: Any) -> jax.Array:
-        size = self._size(jnp.abs(widen(w)))
+    def _deviation(self, path: tuple[Any, ...], w: Any) -> jax.Array:
+        size = self._size(jnp.abs(widen(w)), path)
         return jnp.asarray(self.scale).astype(size.dtype) * size
 
-    def _size(self, magnitude: jax.Array) -> jax.Array:
+    def _size(self, magnitude: jax.Array, path: tuple[Any, ...]) -> jax.Array:
         if self.per == "weight":
             return magnitude
         axes = set(range(magnitude.ndim))
         if self.per == "channel" and magnitude.ndim:
+            if magnitude.ndim > 1 and not -magnitude.ndim <= self.channel_axis < magnitude.ndim:
+                raise ValueError(
+                    f"channel_axis: {self.channel_axis} is out of range for leaf {leaf_name(path)} of shape "
+                    f"{magnitude.shape}."
+                )
             axes.remove(self.channel_axis % magnitude.ndim)
         count = max(1, math.prod(magnitude.shape[axis] for axis in axes))  # an empty leaf has no mean
         squares = jnp.sum(jnp.square(magnitude), axis=tuple(axes), keepdims=True)
@@ -202,7 +259,9 @@ def relative(
       A function from params to a pytree of standard deviations, to be given as `sigma`.
 
     Raises:
-      ValueError: `scale` is negative or NaN, or `per` is none of the three.
+      TypeError: `scale` is not a real number, or `channel_axis` is not an int.
+      ValueError: `scale` is negative, NaN or not a scalar, `per` is none of the three, or, once there are
+        params, `channel_axis` is out of range for a leaf with two axes or more.
 
     Example:
       >>> import jax.numpy as jnp
@@ -213,9 +272,10 @@ def relative(
     References:
       Li et al., Visualizing the Loss Landscape of Neural Nets, arXiv 1712.09913, 2018 (why per channel).
     """
-    if per not in ("weight", "channel", "tensor"):
-        raise ValueError(f"per: expected 'weight', 'channel' or 'tensor', got {per!r}.")
-    check_nonnegative("scale", scale, what=_DEVIATION)
+    check_choice("per", per, ("weight", "channel", "tensor"))
+    check_scalar("scale", scale, expected=f"{_DEVIATION} >= 0")
+    if isinstance(channel_axis, bool) or not isinstance(channel_axis, int | np.integer):
+        raise TypeError(f"channel_axis: expected an int, got {describe(channel_axis)}.")
     return Relative(scale, per, channel_axis)
 
 
@@ -248,9 +308,10 @@ def perturbation(
       A pytree like `params`, in float32 (float64 for float64 leaves), with None where `mask` is False.
 
     Raises:
-      TypeError: a leaf is not inexact, `key` is not a PRNG key, or `mask` has other leaves than bools.
-      ValueError: `sigma` is negative, NaN or does not fit, `mask` does not fit, or the sampler returned
-        another shape than it was asked for.
+      TypeError: a leaf is not inexact, `key` is not a PRNG key, `sigma` or what the sampler returned is not
+        real, or `mask` has other leaves than bools and `specs` others than partition specs.
+      ValueError: `sigma` is negative, NaN or does not fit, `mask` or `specs` does not fit, or the sampler
+        returned another shape than it was asked for.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -261,18 +322,20 @@ def perturbation(
       ((2, 3), None)
     """
     key = as_key(key)
+    check_sampler(sampler)
     check_inexact(params)
     deviations = broadcast_prefix("sigma", sigma, params)
     flags = leaf_mask(mask, params)
     splits = broadcast_prefix("specs", jax.P() if specs is None else specs, params)
+    _check_specs(splits)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
     if not leaves:
         return params
-    paths = [jax.tree_util.keystr(path) for path, _ in leaves]
+    keys = _leaf_keys(key, [jax.tree_util.keystr(path) for path, _ in leaves])
     draws = [
-        _scaled_draw(_shard_key(leaf_key, spec), leaf, deviation, sampler, path) if flag else None
-        for leaf_key, spec, (_, leaf), deviation, flag, path in zip(
-            _leaf_keys(key, paths), splits, leaves, deviations, flags, paths, strict=True
+        _scaled_draw(_shard_key(leaf_key, spec), leaf, deviation, sampler, leaf_name(path)) if flag else None
+        for leaf_key, spec, (path, leaf), deviation, flag in zip(
+            keys, splits, leaves, deviations, flags, strict=True
         )
     ]
     return jax.tree.unflatten(treedef, draws)
@@ -280,6 +343,9 @@ def perturbation(
 
 def perturb(params: PyTree, noise: PyTree, sign: Any = 1) -> PyTree:
     """W + sign * U, added in float32 (float64 for float64 leaves) and rounded once to the leaf's dtype.
+
+    A finite weight that this takes beyond the dtype's range becomes NaN, and not infinite: at infinite
+    weights a loss that saturates, and its gradient, may well be finite.
 
     Args:
       params: a pytree with inexact leaves.
@@ -301,7 +367,9 @@ def perturb(params: PyTree, noise: PyTree, sign: Any = 1) -> PyTree:
     def add(u: jax.Array | None, w: Any) -> Any:
         if u is None:
             return w
-        return (widen(w) + jnp.asarray(sign, u.dtype) * u).astype(jnp.result_type(w))
+        moved = (widen(w) + jnp.asarray(sign, u.dtype) * u).astype(jnp.result_type(w))
+        # Infinity minus itself is NaN, and what stays in range loses nothing.
+        return moved - jnp.where(jnp.isinf(moved) & jnp.isfinite(w), moved, 0)
 
     return jax.tree.map(add, noise, params, is_leaf=lambda u: u is None)
 
@@ -325,7 +393,7 @@ def _random_fields(key: jax.Array, shape: tuple[int, ...], width: int) -> jax.Ar
         lanes[axis] = math.gcd(shape[axis], free)
         free //= lanes[axis]
     split = [(size // lane, lane) for size, lane in zip(shape, lanes, strict=True)]
-    words = jax.random.bits(key, [n for size, _ in split for n in (size, 1)], jnp.uint32)
+    words = jax.random.bits(as_key(key), [n for size, _ in split for n in (size, 1)], jnp.uint32)
     shifts, stride = jnp.uint32(0), width
     for axis, lane in enumerate(lanes):
         dims = [1] * words.ndim
@@ -348,6 +416,13 @@ def _shard_key(key: jax.Array, spec: jax.P) -> jax.Array:
     return jax.random.fold_in(key, jax.lax.axis_index(axes)) if axes else key
 
 
+def _check_specs(specs: list[Any]) -> None:
+    for spec in specs:
+        if not isinstance(spec, jax.P):
+            raise TypeError(f"specs: expected partition specs, got {describe(spec)}.")
+        check_mapped("specs", axes_of(spec))
+
+
 def axes_of(spec: jax.P) -> tuple[str, ...]:
     """The mesh axes that a partition spec names."""
     entries = [entry for entry in spec if entry is not None]
@@ -365,6 +440,7 @@ def _scaled_draw(key: jax.Array, leaf: Any, sigma: Any, sampler: Sampler, path: 
 
     def draw(key: jax.Array) -> jax.Array:
         u = sampler(key, w.shape, real)
+        check_real("sampler", u, f" for each weight of leaf {path}")
         if jnp.shape(u) != w.shape:
             raise ValueError(f"sampler: returned shape {jnp.shape(u)} for leaf {path} of shape {w.shape}.")
         return for_each_weight(jnp.asarray(sigma).astype(real), w) * jnp.asarray(u, real)

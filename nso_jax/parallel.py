@@ -2,7 +2,6 @@
 
 import functools
 import math
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,8 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from nso_jax import _backend, gradients, noise
-from nso_jax._axes import AxisName, localize, mean_over_axis
-from nso_jax._checks import PyTree, as_key, broadcast_prefix, check_count, describe, is_inexact
+from nso_jax._axes import AxisName, check_axes, localize, mean_over_axis
+from nso_jax._calls import as_argnums
+from nso_jax._checks import (
+    PyTree,
+    as_key,
+    broadcast_prefix,
+    check_count,
+    check_flag,
+    check_function,
+    describe,
+    is_inexact,
+)
+
+__all__ = ["microbatch", "value_and_grad"]
 
 Batch = dict[int, PyTree]  # arguments that carry examples, by their numbers
 
@@ -68,7 +79,9 @@ def microbatch(
       >>> grad.shape
       (3,)
     """
-    argnums = check_microbatch(fn, num_microbatches, batch_argnums)
+    argnums = check_microbatch(
+        fn, num_microbatches, batch_argnums, axis_name, independent_draws=independent_draws
+    )
 
     def microbatched(key: jax.Array, /, *args: Any, **kwargs: Any) -> PyTree:
         def evaluate(
@@ -144,9 +157,10 @@ def value_and_grad(
       >>> grad.shape
       (3,)
     """
+    check_function("method", method)
     axes = _mesh_axes(mesh, axis_name)
     num_devices = math.prod(mesh.shape[axis] for axis in axes)
-    argnums = _as_argnums(batch_argnums)
+    argnums = batch_numbers(batch_argnums)
     local = microbatch(
         method(fun, **options),
         num_microbatches,
@@ -231,18 +245,26 @@ def mean_over_parts(
     return mean_over_axis((jax.tree.unflatten(treedef, out), state), axis_name)
 
 
-def check_microbatch(fn: Any, num_microbatches: Any, batch_argnums: int | Sequence[int]) -> tuple[int, ...]:
+def check_microbatch(
+    fn: Any,
+    num_microbatches: Any,
+    batch_argnums: int | Sequence[int],
+    axis_name: Any,
+    *,
+    independent_draws: Any,
+) -> tuple[int, ...]:
     """The batch's argnums as a tuple; raises TypeError or ValueError if `microbatch` cannot work."""
-    if not callable(fn):
-        raise TypeError(f"fn: expected a function fn(key, *args), got {describe(fn)}.")
+    check_function("fn", fn, "a function fn(key, *args)")
     check_count("num_microbatches", num_microbatches)
-    return _as_argnums(batch_argnums)
+    check_axes(axis_name)
+    check_flag("independent_draws", independent_draws)
+    return batch_numbers(batch_argnums)
 
 
-def _as_argnums(batch_argnums: int | Sequence[int]) -> tuple[int, ...]:
-    """One or several argument numbers as a tuple."""
-    several = batch_argnums if isinstance(batch_argnums, Sequence) else (batch_argnums,)
-    return tuple(map(operator.index, several))
+def batch_numbers(batch_argnums: int | Sequence[int]) -> tuple[int, ...]:
+    """The batch's argnums as a tuple."""
+    numbers = as_argnums("batch_argnums", batch_argnums)
+    return numbers if isinstance(numbers, tuple) else (numbers,)
 
 
 def select_batch(
@@ -324,6 +346,7 @@ def _from_first(x: jax.Array, axis_name: AxisName) -> jax.Array:
 def _mesh_axes(mesh: Any, axis_name: AxisName) -> tuple[Any, ...]:
     if not isinstance(mesh, jax.sharding.Mesh | jax.sharding.AbstractMesh):
         raise TypeError(f"mesh: expected a mesh such as jax.make_mesh gives, got {describe(mesh)}.")
+    check_axes(axis_name)
     axes = axis_name if isinstance(axis_name, tuple) else (axis_name,)
     for axis in axes:
         if axis not in mesh.axis_names:

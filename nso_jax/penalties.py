@@ -27,6 +27,7 @@ from nso_jax._checks import (
     describe,
     dtype_of,
     leaf_mask,
+    leaf_name,
 )
 from nso_jax.noise import Sampler, widen
 
@@ -428,7 +429,12 @@ def _check_probability(prob: Any) -> None:
 
 def _check_step_size(step_size: Any) -> None:
     dtype = dtype_of(step_size)
-    if dtype is None or not jnp.isdtype(dtype, ("real floating", "integral")) or jnp.shape(step_size) != ():
+    real = (
+        dtype is not None
+        and jnp.issubdtype(dtype, np.number)
+        and not jnp.issubdtype(dtype, np.complexfloating)
+    )
+    if not real or jnp.shape(step_size) != ():
         raise TypeError(f"step_size: expected a real scalar, got {describe(step_size)}.")
     if not isinstance(step_size, jax.core.Tracer) and not jax.device_get(step_size) > 0:
         raise ValueError(f"step_size: expected a number > 0, got {step_size}.")
@@ -440,19 +446,22 @@ def _check_inputs(
     """The inputs as arrays, and the shape of what `fun` returns; raises TypeError if they do not fit."""
     _check_function(fun)
     check_inexact(inputs, "inputs")
-    leaves = [
-        (jax.tree_util.keystr(path) or "(the whole)", x) for path, x in jax.tree.leaves_with_path(inputs)
-    ]
+    leaves = [(leaf_name(path), x) for path, x in jax.tree.leaves_with_path(inputs)]
     if not leaves:
         raise TypeError(f"inputs: expected an array or a pytree of them, got {describe(inputs)} without any.")
     for path, x in leaves:
         if jnp.iscomplexobj(x):
             raise TypeError(f"inputs: leaf {path} is {describe(x)}, expected real numbers.")
     expected = "outputs of shape (n, C)" if outputs else "losses of shape (n,), or () without a batch axis"
-    out = jax.eval_shape(lambda x: fun(x, *args), inputs)
-    dtype = dtype_of(out)
-    if dtype is None or not jnp.issubdtype(dtype, jnp.floating) or (outputs and not out.shape):
-        raise TypeError(f"fun: expected real {expected}, got {describe(out)}.")
+
+    def checked(x: PyTree) -> Any:
+        out = fun(x, *args)
+        dtype = dtype_of(out)
+        if dtype is None or not jnp.issubdtype(dtype, jnp.floating) or (outputs and not jnp.ndim(out)):
+            raise TypeError(f"fun: expected real {expected}, got {describe(out)}.")
+        return out
+
+    out = jax.eval_shape(checked, inputs)
     batch = out.shape[:1] if outputs else out.shape
     for path, x in leaves:
         if jnp.shape(x)[: len(batch)] != batch:

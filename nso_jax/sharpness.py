@@ -10,29 +10,32 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from nso_jax import noise
 from nso_jax._axes import (
     AxisName,
-    check_param_specs,
+    check_axes,
+    leaf_specs,
     localize,
     mean_over_axis,
     other_axes,
-    varying_specs,
 )
-from nso_jax._calls import as_argnums, bind, cast_like, check_update_arguments
+from nso_jax._calls import as_argnums, bind, cast_like, check_like_params, check_update_arguments
 from nso_jax._checks import (
     PyTree,
     as_key,
     broadcast_prefix,
     check_count,
     check_flag,
+    check_function,
     check_inexact,
-    check_nonnegative,
     check_sampler,
+    check_scalar,
     describe,
     leaf_mask,
+    leaf_name,
 )
 from nso_jax.noise import Sampler, Sigma
 
@@ -85,8 +88,9 @@ def sam(
     Raises:
       TypeError: an argument has the wrong type, `key` is missing or not a PRNG key, a differentiated leaf
         is not inexact, or the loss is not a real scalar.
-      ValueError: `rho` is negative or NaN, a prefix does not fit, `param_specs` names `axis_name`, or
-        `global_ascent` is set without it.
+      ValueError: `rho` is negative or NaN, `argnums` names an argument twice, a prefix does not fit, nothing
+        maps over `axis_name` where `fn` is called, `param_specs` names it, or `global_ascent` is set without
+        it.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -180,7 +184,7 @@ def asam(
       Kwon, Kim, Park and Choi, ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant Learning of
       Deep Neural Networks, arXiv 2102.11600, 2021.
     """
-    check_nonnegative("eta", eta)
+    check_scalar("eta", eta)
 
     def climb(weights: Leaves, gradient: Leaves, norm: Norm) -> Leaves:
         sizes = [(jnp.abs(w) + jnp.asarray(eta).astype(w.real.dtype)).astype(w.dtype) for w in weights]
@@ -235,9 +239,9 @@ def rsam(
       25.0 [6.6 8.8]
 
     References:
-      Liu, Mai, Cheng, Chen, Hsieh and You, Random Sharpness-Aware Minimization, NeurIPS 2022.
+      Liu, Mai, Cheng, Chen, Hsieh and You, Random Sharpness-Aware Minimization, NeurIPS, 2022.
     """
-    check_nonnegative("gradient_weight", gradient_weight)
+    check_scalar("gradient_weight", gradient_weight)
     check_sampler(sampler)
     return _after_ascent(
         fun,
@@ -290,7 +294,9 @@ def bsam(
     evaluations. The update needs the gradient function: `tx.update(grads, state, params, grad_fn=grad_fn)`,
     with `grad_fn(params, i)` as `optax.contrib.sam` takes it in opaque mode, i = 0 for h and 1 for g. The
     incoming updates are ignored; under jit their computation is dropped. As of all transformations that
-    evaluate the loss, wrappers such as `optax.MultiSteps` and `optax.masked` do not go around it.
+    evaluate the loss, wrappers such as `optax.MultiSteps` and `optax.masked` do not go around it. But
+    `optax.apply_if_finite` does: it looks at the incoming updates, so pass the gradient at W, and a batch
+    that makes that NaN or infinite leaves weights and state as they were.
 
     Args:
       learning_rate: a number or an optax schedule of the state's count. As updates are divided by s, which
@@ -314,7 +320,8 @@ def bsam(
 
     Raises:
       TypeError: an argument has the wrong type, as `key`, or in `update` `grad_fn` is missing.
-      ValueError: an argument is out of range, or in `update` `params` are missing or masked.
+      ValueError: an argument is out of range, or in `update` `params` are missing or masked, or the
+        gradients are unlike them.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -334,10 +341,13 @@ def bsam(
     key = as_key(key)
     check_count("num_examples", num_examples)
     for name, value in (("rho", rho), ("weight_decay", weight_decay), ("damping", damping)):
-        check_nonnegative(name, value)
-    _check_number("b1", b1, lambda b: 0 <= b < 1, "in [0, 1)")
-    _check_number("b2", b2, lambda b: 0 <= b < 1, "in [0, 1)")
-    _check_number("initial_precision", initial_precision, lambda s: s > 0, "> 0")
+        check_scalar(name, value)
+    for name, value in (("b1", b1), ("b2", b2)):
+        check_scalar(name, value, lambda b: 0 <= b < 1, "a number in [0, 1)")
+    check_scalar("initial_precision", initial_precision, lambda s: s > 0, "a number > 0")
+    if not callable(learning_rate):
+        check_scalar("learning_rate", learning_rate)
+    check_axes(axis_name)
 
     def init_fn(params: PyTree) -> BSAMState:
         _check_real(params)
@@ -361,13 +371,18 @@ def bsam(
         s = state.precision
         (local, own), rng_key = localize((params, s), rng_key, axis_name, independent_draws=True)
 
+        def gradient(params: PyTree, i: int) -> PyTree:
+            grads = grad_fn(params, jnp.int32(i))
+            check_like_params("grad_fn", grads, params)
+            return jax.tree.map(noise.widen, grads)
+
         deviation = jax.tree.map(lambda s: jax.lax.rsqrt(num_examples * s), own)
         u = noise.perturbation(rng_key, local, deviation, mask=mask)
-        h = jax.tree.map(noise.widen, grad_fn(noise.perturb(local, u), jnp.int32(0)))
+        h = gradient(noise.perturb(local, u), 0)
         step = jax.tree.map(
             lambda u, h, s: None if u is None else _scaled(h / s, rho), u, h, own, is_leaf=lambda x: x is None
         )
-        g = jax.tree.map(noise.widen, grad_fn(noise.perturb(local, step), jnp.int32(1)))
+        g = gradient(noise.perturb(local, step), 1)
         size = jax.tree.map(lambda h, s: jnp.sqrt(s) * jnp.abs(h), h, own)
         g, size = mean_over_axis((g, size), axis_name)
 
@@ -405,21 +420,21 @@ def _after_ascent(
     smoothing: _Smoothing | None = None,
 ) -> Callable[..., tuple[Any, PyTree]]:
     """What all of the family share: value at W, a step up, gradient there."""
-    argnums = as_argnums(fun, argnums)
-    check_nonnegative("rho", rho)
-    if jnp.shape(rho) != ():
-        raise ValueError(f"rho: expected a scalar, got shape {jnp.shape(rho)}.")
+    check_function("fun", fun)
+    argnums = as_argnums("argnums", argnums)
+    check_scalar("rho", rho)
+    check_flag("has_aux", has_aux)
     check_flag("global_ascent", global_ascent)
     if global_ascent and axis_name is None:
         raise ValueError("global_ascent: True needs axis_name, the devices that are to climb together.")
-    check_param_specs(param_specs, axis_name)
+    check_axes(axis_name, param_specs)
 
     def value_and_grad_fn(key: jax.Array, /, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
         key = as_key(key)
         loss, params = bind(fun, args, kwargs, argnums, has_aux=has_aux)
         value_and_grad = jax.value_and_grad(loss, has_aux=True)
         axes = other_axes(key, axis_name)
-        specs = varying_specs(params, axes) if param_specs is None else param_specs
+        specs = leaf_specs(params, param_specs, axes)
         params, key = localize(params, key, axis_name, independent_draws=not global_ascent)
 
         if smoothing is None:
@@ -465,8 +480,7 @@ def _normalized(_: Leaves, direction: Leaves, norm: Norm) -> Leaves:
 
 
 def _unchanged(_weights: Leaves, direction: Leaves, _norm: Norm) -> Leaves:
-    """With NaN for infinity, as a division by the norm gives: at infinite weights gradients may be finite."""
-    return [x + (x - x) for x in direction]
+    return direction
 
 
 def _divide(leaves: Leaves, norm: jax.Array) -> Leaves:
@@ -483,7 +497,7 @@ def _norm(splits: list[tuple[Hashable, ...]], leaves: Leaves) -> jax.Array:
     """The Euclidean norm of leaves that mesh axes split, without overflow or underflow of the squares."""
     if not leaves:
         return jnp.float32(0)
-    wide = jnp.result_type(*(x.real.dtype for x in leaves))
+    wide = np.result_type(*(x.real.dtype for x in leaves))
     magnitudes = [jnp.abs(x).astype(wide) for x in leaves]
     pairs = list(zip(magnitudes, splits, strict=True))
     largest = functools.reduce(jnp.maximum, [_over(jax.lax.pmax, jnp.max(x, initial=0), s) for x, s in pairs])
@@ -506,13 +520,7 @@ def _check_real(params: PyTree) -> None:
     check_inexact(params)
     for path, leaf in jax.tree.leaves_with_path(params):
         if jnp.iscomplexobj(leaf):
-            where = jax.tree_util.keystr(path) or "(the whole)"
             raise TypeError(
-                f"params: leaf {where} is {describe(leaf)}, but bsam is for real weights; put "
+                f"params: leaf {leaf_name(path)} is {describe(leaf)}, but bsam is for real weights; put "
                 "optax.contrib.split_real_and_imaginary around it."
             )
-
-
-def _check_number(name: str, value: Any, holds: Callable[[Any], bool], expected: str) -> None:
-    if not isinstance(value, jax.core.Tracer) and not holds(value):
-        raise ValueError(f"{name}: expected a number {expected}, got {value!r}.")

@@ -8,8 +8,8 @@ import optax
 
 from nso_jax import noise
 from nso_jax._axes import AxisName
-from nso_jax._calls import check_update_arguments
-from nso_jax._checks import PyTree, as_key, is_function
+from nso_jax._calls import check_like_params, check_update_arguments
+from nso_jax._checks import PyTree, as_key, describe, is_function
 from nso_jax.gradients import check_options, mean_over_draws
 from nso_jax.noise import Sampler, Sigma
 
@@ -67,7 +67,8 @@ def noise_stability(
     Args:
       sigma: standard deviation of one weight's noise. A scalar, a prefix pytree of the params,
         `noise.relative`, or an optax schedule: any other function is called with the state's count, and may
-        return all that `nso_jax.value_and_grad` takes, as `lambda count: noise.relative(schedule(count))`.
+        return all that `nso_jax.value_and_grad` takes, as `lambda count: noise.relative(schedule(count))`. Of
+        bfloat16 weights, those above 256 to 512 times their noise do not move.
       key: a PRNG key, typed or legacy; update number n uses `jax.random.fold_in(key, n)`.
       num_samples: k, the number of draws; `grad_fn` is evaluated 2k times (k if not `antithetic`).
       antithetic: evaluate at W + U and W - U.
@@ -85,7 +86,8 @@ def noise_stability(
 
     Raises:
       TypeError: an argument has the wrong type, as `key`, or in `update` `grad_fn` is missing.
-      ValueError: an argument is out of range, or in `update` `params` are missing or masked.
+      ValueError: an argument is out of range, or in `update` `params` are missing or masked, or the incoming
+        updates or the gradients are unlike them.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -130,9 +132,16 @@ def noise_stability(
     ) -> tuple[PyTree, NoiseStabilityState]:
         del extra_args
         check_update_arguments("noise_stability", params, grad_fn)
+        check_like_params("updates", updates, params)
         rng_key = jax.random.wrap_key_data(state.rng_key, impl=jax.random.key_impl(key))
+
+        def evaluate(params: PyTree, i: jax.Array) -> tuple[PyTree, tuple[()]]:
+            grads = grad_fn(params, i)
+            check_like_params("grad_fn", grads, params)
+            return grads, ()
+
         averaged, _ = mean_over_draws(
-            lambda params, i: (grad_fn(params, i), ()),
+            evaluate,
             jax.random.fold_in(rng_key, state.count),
             params,
             clean=lambda _: updates,
@@ -162,7 +171,7 @@ def nso(
       A transformation whose `update` takes `grad_fn`.
 
     Raises:
-      TypeError: as `noise_stability`.
+      TypeError: as `noise_stability`, or `optimizer` is no optax transformation.
       ValueError: as `noise_stability`.
 
     Example:
@@ -179,4 +188,6 @@ def nso(
     References:
       Zhang, Li and Ju, Noise Stability Optimization for Finding Flat Minima, arXiv 2306.08553, 2023.
     """
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        raise TypeError(f"optimizer: expected an optax transformation, got {describe(optimizer)}.")
     return optax.chain(noise_stability(sigma, key=key, **options), optimizer)

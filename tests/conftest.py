@@ -8,6 +8,19 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax
 import pytest
+from hypothesis import HealthCheck, settings
+
+# Properties are searched from a fixed seed and without a memory, so that every run does the same.
+settings.register_profile(
+    "test",
+    max_examples=16,
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],  # the first example compiles
+)
+settings.register_profile("nightly", settings.get_profile("test"), max_examples=175)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "test"))
 
 
 @pytest.fixture(autouse=True)

@@ -281,6 +281,13 @@ def test_aux_modes_may_be_mixed_and_weighted(key):
     )
 
 
+def test_auxiliary_output_without_entries_is_stacked_too(key):
+    fn = nso_jax.value_and_grad(
+        lambda w: (w.sum(), jnp.ones((0, 2))), sigma=SIGMA, num_samples=3, has_aux=True, aux="stack"
+    )
+    assert fn(key, jnp.ones(2))[0][1].shape == (6, 0, 2)
+
+
 def test_clean_aux_costs_one_forward_pass_more():
     calls = []
 
@@ -644,7 +651,7 @@ def vg(fun=sum_of_fourth_powers, **options):
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda _: vg(fun=3), TypeError, "fun: expected a function, got int"),
+        (lambda _: vg(fun=3), TypeError, r"fun: expected a function, got 3 \(int\)"),
         (lambda _: vg(num_samples=0), ValueError, "num_samples: expected an int >= 1, got 0"),
         (lambda _: vg(num_samples=2.0), TypeError, r"num_samples: expected a static int >= 1, got 2.0 \(float\)"),
         (lambda _: vg(num_samples=True), TypeError, "num_samples: expected a static int"),
@@ -654,6 +661,14 @@ def vg(fun=sum_of_fourth_powers, **options):
         (lambda _: vg(clean_weight=1.5), ValueError, r"clean_weight: expected a number in \[0, 1\], got 1.5"),
         (lambda _: vg(clean_weight=jnp.nan), ValueError, r"clean_weight: expected a number in \[0, 1\], got nan"),
         (lambda _: vg(clean_weight=jnp.ones(2)), ValueError, r"clean_weight: expected a scalar, got shape \(2,\)"),
+        (lambda _: vg(clean_weight="1"), TypeError, r"clean_weight: expected a real number, got '1' \(str\)"),
+        (lambda _: vg(has_aux=1), TypeError, "has_aux: expected True or False, got 1"),
+        (lambda _: vg(argnums="0"), TypeError, "argnums: expected an int or a sequence of ints, got '0'"),
+        (lambda k: vg(argnums=(0, -2))(k, W, W), ValueError, r"argnums: \(0, -2\) names one of the 2 arguments twice"),
+        (lambda _: vg(axis_name=["data"]), TypeError, "axis_name: expected the name of a mapped axis, .* got list"),
+        (lambda k: vg(axis_name="data")(k, W), ValueError, "axis_name: there is no mapped axis 'data' here; .*shard_map"),
+        (lambda k: vg(param_specs={"w": P()})(k, W), ValueError, "param_specs: not a prefix"),
+        (lambda k: vg(param_specs=P("data"))(k, W), ValueError, "param_specs: there is no mapped axis 'data' here"),
         (lambda _: vg(antithetic=1), TypeError, "antithetic: expected True or False, got 1"),
         (lambda _: vg(sampler="normal"), TypeError, "sampler: expected a function .* got 'normal'"),
         (lambda _: vg(aux="first"), ValueError, "aux: expected 'mean', 'stack' or 'clean', got 'first'"),
@@ -664,6 +679,7 @@ def vg(fun=sum_of_fourth_powers, **options):
         (lambda _: vg()(W), TypeError, "key: expected a PRNG key.* got dict"),
         (lambda _: vg()(0, W), TypeError, r"key: expected a PRNG key.* got 0 \(int\)"),
         (lambda _: vg()(), TypeError, "missing 1 required positional argument: 'key'"),
+        (lambda _: vg()(jnp.ones(3, jnp.uint32), W), TypeError, r"key: expected a PRNG key.* got uint32\[3\]"),
         (lambda k: vg(argnums=1)(k, W), TypeError, "argnums: 1 is out of range, got 1 arguments after the key"),
         (lambda k: vg()(k, {"w": jnp.ones(2, int)}), TypeError, r"argnums=0: leaf \['w'\] is int32\[2\]"),
         (lambda k: vg(argnums=(0, 1))(k, W, 3), TypeError, r"argnums=\(0, 1\): leaf \[1\] is 3 \(int\)"),
@@ -671,6 +687,7 @@ def vg(fun=sum_of_fourth_powers, **options):
         (lambda k: vg(lambda w: w.astype(jnp.complex64))(k, jnp.ones(())), TypeError, r"fun: .* got complex64\[\]"),
         (lambda k: vg(lambda w: (w.sum(), 1))(k, jnp.ones(2)), TypeError, "fun: .* got tuple.* set has_aux=True"),
         (lambda k: vg(lambda w: w.sum(), has_aux=True)(k, jnp.ones(2)), TypeError, r"fun: .* a pair \(loss, aux\), got float32"),
+        (lambda k: vg(lambda w: (w.sum(), {"a": "b"}), has_aux=True)(k, jnp.ones(2)), TypeError, r"fun: leaf \['a'\] of the auxiliary output is 'b' \(str\)"),
     ],
 )  # fmt: skip
 def test_errors_name_argument_value_and_leaf(key, call, error, message):

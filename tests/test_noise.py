@@ -249,11 +249,29 @@ W = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
             TypeError,
             r"key: expected one PRNG key, got keys of shape \(2,\); use jax.vmap",
         ),
+        (
+            lambda k: draw(k, W, sampler=lambda *_: "noise"),
+            TypeError,
+            r"sampler: expected a real number for each weight of leaf \['b'\], got 'noise'",
+        ),
+        (lambda k: draw(k, W, specs="data"), TypeError, "specs: expected partition specs, got 'data'"),
+        (
+            lambda k: draw(k, W, noise.relative(1.0, "channel", channel_axis=2)),
+            ValueError,
+            r"channel_axis: 2 is out of range for leaf \['w'\] of shape \(2, 3\)",
+        ),
+        (
+            lambda _: noise.relative(1.0, channel_axis=0.5),
+            TypeError,
+            "channel_axis: expected an int, got 0.5",
+        ),
+        (lambda _: noise.relative(jnp.ones(2)), ValueError, r"scale: expected a scalar, got shape \(2,\)"),
+        (lambda _: noise.relative(1.0)({"n": 1}), TypeError, r"params: leaf \['n'\] is 1 \(int\)"),
         (lambda _: noise.relative(-1), ValueError, "scale: expected a standard deviation >= 0, got -1"),
         (
             lambda _: noise.relative(1, "layer"),
             ValueError,
-            "per: expected 'weight', 'channel' or 'tensor', got 'layer'",
+            "per: expected one of 'weight', 'channel', 'tensor', got 'layer'",
         ),
     ],
 )

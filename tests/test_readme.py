@@ -11,7 +11,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 def test_the_readmes_code_runs():
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 12
+    assert len(blocks) == 13
     namespace = {}
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         for block in blocks:

@@ -328,9 +328,10 @@ def test_rsam_options_reach_the_noise(key):
 
 def test_rsam_spends_no_forward_pass_on_a_value_that_is_not_used(key):
     params, xs, ys = problem(np.float32)
+    x, y = np.concatenate(xs), np.concatenate(ys)  # so many that what is done once for each weight is little
 
     def flops(fn):
-        return jax.jit(fn).lower(key, params, xs[0], ys[0]).compile().cost_analysis()["flops"]
+        return jax.jit(fn).lower(key, params, x, y).compile().cost_analysis()["flops"]
 
     without = {
         "sam": flops(lambda *args: sharpness.sam(loss, rho=RHO)(*args)[1]),
@@ -611,6 +612,17 @@ def test_all_have_one_calling_form(name):
     assert list(inspect.signature(inner).parameters) == ["key", "args", "kwargs"]
 
 
+@pytest.mark.parametrize("method", [sharpness.sam, sharpness.asam, sharpness.usam])
+def test_leaves_of_float32_and_float64_share_a_norm(key, method, x64):
+    params = {"w": jnp.array([3.0, 0.0], jnp.float32), "n": jnp.array([4.0])}
+    fun = lambda p: jnp.sum(p["w"].astype(jnp.float64) ** 2) / 2 + jnp.sum(p["n"] ** 2) / 2  # noqa: E731
+    _, grads = method(fun, rho=0.5)(key, params)
+    assert (grads["w"].dtype, grads["n"].dtype) == (jnp.float32, jnp.float64)
+    if method is sharpness.sam:  # W + .5 W / ||W||
+        np.testing.assert_allclose(grads["w"], [3.3, 0], rtol=1e-6)
+        np.testing.assert_allclose(grads["n"], [4.4], rtol=1e-12)
+
+
 W = {"w": jnp.ones((2, 3)), "n": jnp.ones(2)}
 
 
@@ -625,8 +637,12 @@ def bsam(key, **options):
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda _: sam(fun=3), TypeError, "fun: expected a function, got int"),
+        (lambda _: sam(fun=3), TypeError, r"fun: expected a function, got 3 \(int\)"),
         (lambda _: sharpness.usam(quartic, rho=-1), ValueError, "rho: expected a number >= 0, got -1"),
+        (lambda _: sharpness.asam(quartic, rho=RHO, eta=jnp.ones(2)), ValueError, r"eta: expected a scalar, got shape \(2,\)"),
+        (lambda k: sam(axis_name="data")(k, W), ValueError, "axis_name: there is no mapped axis 'data' here"),
+        (lambda k: bsam(k, b1="high"), TypeError, "b1: expected a real number, got 'high'"),
+        (lambda k: sharpness.bsam("high", num_examples=9, key=k), TypeError, "learning_rate: expected a real number"),
         (lambda _: sam(rho=jnp.nan), ValueError, "rho: expected a number >= 0, got nan"),
         (lambda _: sam(rho="large"), TypeError, "rho: expected a real number, got 'large'"),
         (lambda _: sam(rho=jnp.ones(2)), ValueError, r"rho: expected a scalar, got shape \(2,\)"),

@@ -303,6 +303,28 @@ def test_the_state_is_made_of_plain_arrays():
             TypeError,
             "grad_fn: .* got NoneType",
         ),
+        (
+            lambda: nso().update(jnp.ones(2), nso().init(None), jnp.ones(2, int), grad_fn=abs),
+            TypeError,
+            r"params: leaf \(the whole\) is int32\[2\]",
+        ),
+        (
+            lambda: nso().update({}, nso().init(None), {"w": jnp.ones(2)}, grad_fn=abs),
+            ValueError,
+            r"updates: expected a pytree like params, .*'w'.*, got PyTreeDef\(\{\}\)",
+        ),
+        (
+            lambda: nso().update(
+                [jnp.ones(2)], nso().init(None), [jnp.ones(2)], grad_fn=lambda *_: [jnp.ones(3)]
+            ),
+            ValueError,
+            r"grad_fn: leaf \[0\] is float32\[3\], expected the shape of float32\[2\]",
+        ),
+        (
+            lambda: nso_jax.nso("adam", 0.1, key=jax.random.key(0)),
+            TypeError,
+            "optimizer: expected an optax transformation, got 'adam'",
+        ),
     ],
 )
 def test_errors(call, error, message):

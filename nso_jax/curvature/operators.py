@@ -11,7 +11,7 @@ import numpy as np
 
 from nso_jax import noise
 from nso_jax._backend import on_cpu
-from nso_jax._checks import check_count, check_inexact, check_loss, describe, leaf_mask
+from nso_jax._checks import check_count, check_inexact, check_loss, check_scalar, describe, leaf_mask
 
 # Linearizations of a list's batches are kept for the next product while they take no more than this together.
 _KEPT_BYTES = 2**28
@@ -148,6 +148,11 @@ def ggn_vp(
 
     Returns:
       `product(tangent)`, as `hvp` does.
+
+    Raises:
+      TypeError: as `hvp`, for `model` and `loss` too.
+      ValueError: as `hvp`.
+      FloatingPointError: the product of a batch is not finite.
 
     Example:
       >>> import jax.numpy as jnp
@@ -454,8 +459,7 @@ def check_params(params: Any) -> Any:
 
 def check_tolerance(name: str, value: Any) -> None:
     """Raises unless `value` is a positive, finite number."""
-    if not 0 < value < np.inf:
-        raise ValueError(f"{name}: expected a positive, finite number, got {value!r}.")
+    check_scalar(name, value, lambda x: 0 < x < np.inf, "a positive, finite number")
 
 
 def chosen_leaves(mask: Any, params: Any) -> list[bool]:

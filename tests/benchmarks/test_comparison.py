@@ -100,6 +100,12 @@ def test_gradients_that_make_no_whole_steps_are_refused(tmp_path, capsys):
     )
 
 
+def test_a_network_without_a_head_is_not_fine_tuned(tmp_path, capsys):
+    words = ["images", "--network", "mlp", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
+    assert cli.main(words) == 2
+    assert "argument --network mlp: needs --scratch" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def output(tmp_path_factory):
     folder = tmp_path_factory.mktemp("images")
@@ -182,7 +188,7 @@ def test_an_ablation_leaves_its_figures(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("network", "scratch"), [("small-resnet", False), ("vit", False), ("resnet18", True)]
+    ("network", "scratch"), [("small-resnet", False), ("vit", False), ("resnet18", True), ("mlp", True)]
 )
 def test_every_network_starts_a_problem(network, scratch, tmp_path, monkeypatch):
     """Fine-tuning starts from the same weights but the head's for all seeds, and training from others."""

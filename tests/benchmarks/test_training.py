@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import shutil
 
 import jax
@@ -14,7 +15,7 @@ from flax import nnx
 from benchmarks import data, methods, training
 from benchmarks.data import Examples
 from benchmarks.files import UserError
-from benchmarks.journal import LINES, Journal
+from benchmarks.journal import LINES, Journal, finish
 from benchmarks.methods import METHODS
 from benchmarks.models import MLP, ConvNet
 from benchmarks.training import Settings, Task
@@ -140,8 +141,9 @@ def _resumes_exactly(task, method, folder):
     for number in (10, 17):  # in the second quarter, and, counted from there, in the last
         with pytest.raises(KilledError):
             go_on(killed_after(number), resume=number > 10)
-    steps = [json.loads(line).get("step") for line in (folder / LINES).read_text().splitlines()]
-    assert steps == [None, *(point // method.gradients_per_step for point in (6, 12))]
+    lines = [json.loads(line) for line in (folder / LINES).read_text().splitlines()]
+    steps = [line["step"] for line in lines if "figures" in line]
+    assert steps == [point // method.gradients_per_step for point in (6, 12)]
     result, resumed = go_on()
     assert result["curve"] == resumed.curve == whole.curve
     assert equal(nnx.state(resumed.model), nnx.state(whole.model))
@@ -186,16 +188,126 @@ def test_a_torn_last_line_is_left_out(task, whole, tmp_path):
     assert all(json.loads(line) for line in path.read_text().splitlines())
 
 
-def test_a_state_that_cannot_be_read_is_told_and_the_one_before_it_taken(task, whole, tmp_path):
+def flip(path, bit):
+    content = bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def largest(folder):
+    """The file with the arrays, in which Orbax notices no flipped bit."""
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: flip(largest(folder), 8 * largest(folder).stat().st_size // 2),
+        lambda folder: truncate(largest(folder)),
+        lambda folder: flip(folder / "_CHECKPOINT_METADATA", 100),
+        lambda folder: (folder / "_CHECKPOINT_METADATA").unlink(),
+        lambda folder: (folder / "_CHECKPOINT_METADATA").rename(folder / "_CHECKPOINT_METADATA2"),
+        lambda folder: (folder / "more").touch(),
+    ],
+    ids=["flipped", "truncated", "metadata", "missing", "renamed", "added"],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(damage, task, whole, tmp_path):
     interrupted(task, tmp_path, number=20)
     folder = tmp_path / "checkpoints" / "x"
     assert sorted(path.name for path in folder.iterdir()) == ["12", "18"]
-    for path in (folder / "18").rglob("*"):
-        if path.is_file():
-            path.write_bytes(path.read_bytes()[:20])
-    with pytest.warns(UserWarning, match="18 cannot be read and is left out"):
+    damage(folder / "18")
+    with pytest.warns(UserWarning, match=f"{folder / '18'} is damaged and is left out"):
         trained = resumed(task, tmp_path)
+    assert trained.curve == whole.curve
     assert equal(nnx.state(trained.model), nnx.state(whole.model))
+
+
+def test_without_a_good_checkpoint_a_training_starts_over(task, whole, tmp_path):
+    interrupted(task, tmp_path, number=20)
+    for step in ("12", "18"):
+        truncate(largest(tmp_path / "checkpoints" / "x" / step))
+    with pytest.warns(UserWarning, match="is damaged") as caught:
+        trained = resumed(task, tmp_path)
+    assert len(caught) == 2
+    assert trained.curve == whole.curve
+    assert equal(nnx.state(trained.model), nnx.state(whole.model))
+
+
+def test_a_checkpoint_without_its_line_was_not_finished(task, whole, tmp_path):
+    """It is neither taken nor told of, for it may be torn, as this one is."""
+    path = interrupted(task, tmp_path, number=20)
+    *lines, digest = path.read_text().splitlines()
+    assert "digest" in json.loads(digest)
+    path.write_text("\n".join([*lines, digest[:-5]]))
+    folder = tmp_path / "checkpoints" / "x" / "18"
+    flip(largest(folder), 8 * largest(folder).stat().st_size // 2)
+    trained = resumed(task, tmp_path)
+    assert trained.curve == whole.curve
+    assert equal(nnx.state(trained.model), nnx.state(whole.model))
+
+
+@pytest.mark.parametrize("number", range(2, 8))
+def test_a_damaged_line_is_named_and_computed_again(number, task, whole, tmp_path):
+    """In lines 2, 4 and 6 are figures, in which JSON notices no flipped bit in a digit, and in the others digests."""
+    path = interrupted(task, tmp_path, number=20)
+    lines = path.read_text().splitlines(keepends=True)
+    assert len(lines) == 7
+    digit = re.search(r'(evaluations": \d*|digest": "\D*)(\d)', lines[number - 1]).start(2)
+    flip(path, 8 * (sum(map(len, lines[: number - 1])) + digit))
+    assert json.loads(path.read_text().splitlines()[number - 1])
+    with pytest.warns(UserWarning, match=f"{path}, line {number} is damaged: what it said is computed again"):
+        trained = resumed(task, tmp_path)
+    assert trained.curve == whole.curve
+    assert equal(nnx.state(trained.model), nnx.state(whole.model))
+
+
+def test_results_after_a_damaged_line_are_kept(tmp_path):
+    journal, path = Journal(tmp_path, {}, resume=False), tmp_path / LINES
+    for name in "abc":
+        journal.once(name, lambda name=name: {"name": name})
+    finish(tmp_path)
+    flip(path, 100)
+    with pytest.raises(UserError, match="line 1 is damaged; remove the file to start over"):
+        Journal(tmp_path, {}, resume=True)
+    flip(path, 100)
+    flip(path, 8 * path.read_text().index('"b"') + 8)
+    with pytest.warns(UserWarning, match="line 3 is damaged"):
+        journal = Journal(tmp_path, {}, resume=True)
+    assert [name for name in "abc" if journal.done(name)] == ["a", "c"]
+    assert journal.once("b", lambda: {"name": "b"}) == {"name": "b"}
+    finish(tmp_path)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line.get("training") for line in lines] == [None, "a", "c", "b", None]
+
+
+def test_a_finished_run_gives_its_results_again_when_resumed(tmp_path):
+    """So that nothing is lost by a kill before they are written."""
+    journal = Journal(tmp_path, {}, resume=False)
+    journal.once("a", lambda: {"trace": 1.5})
+    finish(tmp_path)
+    journal = Journal(tmp_path, {}, resume=True)
+    assert journal.once("a", lambda: {"trace": 0.0}) == {"trace": 1.5}
+    finish(tmp_path)
+    assert len((tmp_path / LINES).read_text().splitlines()) == 3
+    assert not Journal(tmp_path, {}, resume=False).done("a")
+
+
+def test_every_flipped_bit_of_a_line_is_noticed(tmp_path):
+    journal, path = Journal(tmp_path, {"seeds": 1}, resume=False), tmp_path / LINES
+    journal.once("nso .5, \N{GREEK SMALL LETTER SIGMA}", lambda: {"trace": 1e-05, "loss": float("nan")})
+    good = path.read_bytes()
+    line = good.splitlines()[1]
+    for bit in range(8 * len(line)):
+        flip(path, 8 * good.index(line) + bit)
+        if path.read_bytes().count(b"\n") == 2:
+            with pytest.warns(UserWarning, match="line 2 is damaged"):
+                assert not Journal(tmp_path, {"seeds": 1}, resume=True)._results
+        path.write_bytes(good)
+    assert Journal(tmp_path, {"seeds": 1}, resume=True)._results
 
 
 def test_lines_without_a_state_start_over(task, whole, tmp_path):

@@ -1,0 +1,147 @@
+"""What training may meet and survive: faults, odd inputs, long runs, other machines."""
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich.progress import Progress
+
+from benchmarks import arguments, kills, numerics, plots, round_trips, soak, supply
+from benchmarks.files import UserError
+from benchmarks.trials import Trials
+
+ROOT = Path(__file__).parent.parent
+PROPERTIES = ROOT / "tests" / "test_properties.py"
+
+HEADERS: tuple[str, ...] = ("fault or input", "times tried", "survived", "lost")
+
+Advance = Callable[[float], None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(arguments.Output):
+    """Tries faults and odd inputs, and counts what is lost.
+
+    Attributes:
+        times: How often to kill each kind of training, and to time an import.
+        seeds: How often to try each kind of number that is not finite.
+        steps: Steps of the long training.
+        profile: Of the property tests: `test` has 200 inputs, `nightly` 2,000.
+    """
+
+    times: arguments.Count = 20
+    seeds: arguments.Count = 3
+    steps: arguments.Count = 10_000
+    profile: str = "nightly"
+
+
+def run(options: Options, progress: Progress) -> dict[str, Any]:
+    """Makes every row of the table.
+
+    Args:
+        options: How often to try.
+        progress: Where to show how far it is.
+
+    Returns:
+        All figures, ready for JSON: the `rows`, and what the `soak` read of memory.
+    """
+    rows = []
+
+    def advance_of(name: str) -> Advance:
+        shown = progress.add_task(name, total=None)
+        return lambda count: progress.advance(shown, count)
+
+    def add(trials: Trials, start: float) -> None:
+        seconds = time.perf_counter() - start
+        rows.append({**trials._asdict(), "seconds": seconds})
+        told = f"{trials.fault}: {trials.survived:,} of {trials.tried:,} survived, {seconds:.0f} s"
+        progress.console.print(told, highlight=False, soft_wrap=True)
+
+    start = time.perf_counter()
+    soaked = soak.soak(options.steps, advance_of("steps"))
+    add(soak.trials(soaked), start)
+    for name, check in CHECKS.items():
+        start = time.perf_counter()
+        for trials in check(options, advance_of(name)):
+            add(trials, start)
+            start = time.perf_counter()
+    return {"settings": options.settings(), "rows": rows, "soak": soaked._asdict()}
+
+
+def rows(results: dict[str, Any]) -> list[list[str]]:
+    """One row for each kind of fault or input."""
+    return [
+        [row["fault"], *(f"{row[name]:,}" for name in ("tried", "survived")), f"{_lost(row):,}"]
+        for row in results["rows"]
+    ]
+
+
+def caption(results: dict[str, Any]) -> str:
+    """What the table shows, row by row."""
+    machine, seconds = results["machine"], sum(row["seconds"] for row in results["rows"])
+    notes = " ".join(f"*{row['fault']}*: {row['note']}." for row in results["rows"])
+    return (
+        f"{notes} All in {seconds / 60:.0f} minutes "
+        f"on {machine['cpu_count']} CPU cores ({machine['device']})."
+    )
+
+
+def plot(results: dict[str, Any]) -> bytes:
+    """The memory of the process over a long training, as PNG."""
+    figure = Figure(figsize=(5, 3.2), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(results["soak"]["steps"], results["soak"]["mebibytes"], color=plots.colour("nso"), linewidth=2)
+    axes.set(title="Memory of a training process (MiB)", xlabel="steps", ylim=(0, None))
+    return plots.finish(figure)
+
+
+def _lost(row: dict[str, Any]) -> int:
+    return row["tried"] - row["survived"]
+
+
+def _properties(options: Options, advance: Advance) -> Trials:
+    """The row of the property tests, run as `make nightly` does."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(PROPERTIES)]
+    environment = os.environ | {"HYPOTHESIS_PROFILE": options.profile}
+    done = subprocess.run(  # noqa: S603  # a command of ours
+        [*command, "--hypothesis-show-statistics"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    counts = re.findall(r"- (\d+) passing, (\d+) failing, and \d+ invalid", done.stdout)
+    if not counts:
+        raise UserError(f"the property tests did not run: {(done.stdout + done.stderr).strip()[-500:]}")
+    passing, failing = (sum(map(int, column)) for column in zip(*counts, strict=True))
+    advance(passing + failing)
+    note = "random trees, dtypes, shapes, prefixes and options, valid and not, against the exact identities"
+    return Trials("random input", passing + failing, passing, note)
+
+
+def _wheel(options: Options, advance: Advance) -> Iterator[Trials]:
+    with supply.clean_environment() as (wheel, python):
+        yield supply.wheel(wheel, python, advance)
+        yield supply.imports(python, options.times, advance)
+
+
+# The rows besides that of the long training, which goes first, while the process is young.
+CHECKS: dict[str, Callable[[Options, Advance], Any]] = {
+    "kills": lambda options, advance: [kills.harness(options.times, advance)],
+    "kills of a script": lambda options, advance: [kills.script(options.times, advance)],
+    "damage": lambda options, advance: [kills.damaged(advance), kills.damaged_lines(options.times, advance)],
+    "round trips": lambda _, advance: [round_trips.round_trips(advance)],
+    "non-finite": lambda options, advance: [numerics.nonfinite(options.seeds, advance)],
+    "determinism": lambda _, advance: [numerics.determinism(advance)],
+    "random input": lambda options, advance: [_properties(options, advance)],
+    "wheel": _wheel,
+    "paths": lambda _, advance: [supply.paths(advance)],
+}

@@ -1,0 +1,90 @@
+"""Many steps in one process: memory stays flat, and nothing is compiled again."""
+
+import dataclasses
+import gc
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import psutil
+from flax import nnx
+
+from benchmarks import demo, training
+from benchmarks.data import Examples
+from benchmarks.trials import Trials
+
+NUM_RECORDS = 100
+WARM_UP = 0.2  # of the steps: allocators and caches fill up first
+LIMIT = 1.0  # MiB in 1,000 steps
+
+
+class Soak(NamedTuple):
+    """What a long training did to its process.
+
+    Attributes:
+        steps: After how many steps memory was read.
+        mebibytes: What the process held of it.
+        arrays: How many arrays of JAX's were alive.
+        traced: How often the loss was traced after the first step.
+    """
+
+    steps: list[int]
+    mebibytes: list[float]
+    arrays: list[int]
+    traced: int
+
+    @property
+    def warm(self) -> int:
+        """The first record after the warm-up."""
+        return int(WARM_UP * len(self.steps))
+
+    @property
+    def slope(self) -> float:
+        """The growth of memory after the warm-up, in MiB per 1,000 steps."""
+        return 1000 * float(np.polyfit(self.steps[self.warm :], self.mebibytes[self.warm :], 1)[0])
+
+
+def soak(num_steps: int, advance: Callable[[float], None] = lambda _: None) -> Soak:
+    """Trains the demo's network by noise stability optimization.
+
+    Args:
+        num_steps: How many steps, of two gradients each.
+        advance: Called with 1 after each.
+    """
+    method, rate, strength = demo.METHODS["nso"]
+    task, process = demo.make_task(wrong_labels=0.2), psutil.Process()
+    traced, done = 0, 0
+    steps, mebibytes, arrays = [], [], []
+
+    def loss(model: nnx.Module, batch: Examples, **options: Any) -> jax.Array:
+        nonlocal traced
+        traced += 1
+        return task.loss(model, batch, **options)
+
+    def after_step(_: float) -> None:
+        nonlocal traced, done
+        done += 1
+        if done == 1:
+            traced = 0
+        if done % max(1, num_steps // NUM_RECORDS) == 0:
+            gc.collect()
+            steps.append(done)
+            mebibytes.append(process.memory_info().rss / 2**20)
+            arrays.append(len(jax.live_arrays()))
+        advance(1)
+
+    settings = training.Settings(2 * num_steps, rate, demo.WEIGHT_DECAY, strength)
+    training.train(dataclasses.replace(task, loss=loss), method, settings, advance=after_step)
+    return Soak(steps, mebibytes, arrays, traced)
+
+
+def trials(soaked: Soak) -> Trials:
+    """The row of a soak: its steps survived if nothing grew and nothing was compiled again."""
+    steps, grown = soaked.steps[-1], soaked.arrays[-1] - soaked.arrays[soaked.warm]
+    flat = soaked.slope < LIMIT and soaked.traced == grown == 0
+    note = (
+        f"memory grows by {soaked.slope:.2f} MiB in 1,000 steps, where {LIMIT:g} is allowed, to "
+        f"{soaked.mebibytes[-1]:.0f} MiB; {soaked.traced} functions are traced again, and {grown} arrays left"
+    )
+    return Trials("training steps in one process", steps, steps if flat else 0, note)
