@@ -208,7 +208,7 @@ def _script() -> Program:
             module.main(folder)
 
     # Its last checkpoints are there when it has ended too.
-    return Program("examples/resume.py", (sys.executable, str(SCRIPT)), main, main, "weights.npz")
+    return Program("examples/resume.py", (sys.executable, str(SCRIPT)), main, main, "weights.safetensors")
 
 
 def _killed(program: Program, times: int, advance: Advance) -> Trials:

@@ -65,7 +65,7 @@ def run(options: Options, progress: Progress) -> dict[str, Any]:
         progress.console.print(told, highlight=False, soft_wrap=True)
 
     start = time.perf_counter()
-    soaked = soak.soak(options.steps, advance_of("steps"))
+    soaked = soak.apart(options.steps)
     add(soak.trials(soaked), start)
     for name, check in CHECKS.items():
         start = time.perf_counter()
@@ -133,7 +133,7 @@ def _wheel(options: Options, advance: Advance) -> Iterator[Trials]:
         yield supply.imports(python, options.times, advance)
 
 
-# The rows besides that of the long training, which goes first, while the process is young.
+# The rows besides that of the long training.
 CHECKS: dict[str, Callable[[Options, Advance], Any]] = {
     "kills": lambda options, advance: [kills.harness(options.times, advance)],
     "kills of a script": lambda options, advance: [kills.script(options.times, advance)],

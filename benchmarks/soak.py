@@ -2,7 +2,11 @@
 
 import dataclasses
 import gc
-from collections.abc import Callable
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +18,7 @@ from benchmarks import demo, training
 from benchmarks.data import Examples
 from benchmarks.trials import Trials
 
+ROOT = Path(__file__).parent.parent
 NUM_RECORDS = 100
 WARM_UP = 0.2  # of the steps: allocators and caches fill up first
 LIMIT = 1.0  # MiB in 1,000 steps
@@ -45,12 +50,11 @@ class Soak(NamedTuple):
         return 1000 * float(np.polyfit(self.steps[self.warm :], self.mebibytes[self.warm :], 1)[0])
 
 
-def soak(num_steps: int, advance: Callable[[float], None] = lambda _: None) -> Soak:
+def soak(num_steps: int) -> Soak:
     """Trains the demo's network by noise stability optimization.
 
     Args:
         num_steps: How many steps, of two gradients each.
-        advance: Called with 1 after each.
     """
     method, rate, strength = demo.METHODS["nso"]
     task, process = demo.make_task(wrong_labels=0.2), psutil.Process()
@@ -72,11 +76,18 @@ def soak(num_steps: int, advance: Callable[[float], None] = lambda _: None) -> S
             steps.append(done)
             mebibytes.append(process.memory_info().rss / 2**20)
             arrays.append(len(jax.live_arrays()))
-        advance(1)
 
     settings = training.Settings(2 * num_steps, rate, demo.WEIGHT_DECAY, strength)
     training.train(dataclasses.replace(task, loss=loss), method, settings, advance=after_step)
     return Soak(steps, mebibytes, arrays, traced)
+
+
+def apart(num_steps: int) -> Soak:
+    """The same in a process of its own, on one device, as users have it."""
+    command = [sys.executable, "-m", "benchmarks.soak", str(num_steps)]
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)  # noqa: S603
+    return Soak(**json.loads(done.stdout))
 
 
 def trials(soaked: Soak) -> Trials:
@@ -88,3 +99,7 @@ def trials(soaked: Soak) -> Trials:
         f"{soaked.mebibytes[-1]:.0f} MiB; {soaked.traced} functions are traced again, and {grown} arrays left"
     )
     return Trials("training steps in one process", steps, steps if flat else 0, note)
+
+
+if __name__ == "__main__":
+    print(json.dumps(soak(int(sys.argv[1]))._asdict()))

@@ -1,6 +1,6 @@
 """A training that may be killed at any moment: start it again, and it ends with the same bits.
 
-It needs `pip install 'nso-jax[flax]' scikit-learn` and is run by `python examples/resume.py FOLDER`.
+It needs `pip install 'nso-jax[flax]' safetensors scikit-learn`; run it by `python examples/resume.py FOLDER`.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import orbax.checkpoint as ocp
+from safetensors.flax import save_file
 from sklearn.datasets import load_digits
 
 import nso_jax
@@ -70,7 +71,7 @@ def main(folder):
                 manager.save(step, args=ocp.args.StandardSave(state))
                 with digests.open("ab") as file:
                     file.write(digest(checkpoints / str(step)))
-    jnp.savez(folder / "weights.npz", **state["params"])
+    save_file(state["params"], folder / "weights.safetensors")
     print("loss", loss(state["params"], jnp.arange(len(labels))))
 
 

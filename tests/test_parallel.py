@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from two_processes import train
 
 import nso_jax
@@ -416,7 +417,7 @@ def test_two_processes_train_as_one_does(tmp_path):
     }
     processes = [
         subprocess.Popen(  # noqa: S603
-            [sys.executable, program, str(i), str(port), tmp_path / f"{i}.npz"],
+            [sys.executable, program, str(i), str(port), tmp_path / f"{i}.safetensors"],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -433,9 +434,9 @@ def test_two_processes_train_as_one_does(tmp_path):
     expected = train()
     assert expected["values"][-1] < 0.5 * expected["values"][0]
     for i in range(2):
-        with np.load(tmp_path / f"{i}.npz") as results:
-            for name, value in expected.items():
-                np.testing.assert_allclose(results[name], value, rtol=1e-5, atol=1e-6)
+        results = load_file(tmp_path / f"{i}.safetensors")
+        for name, value in expected.items():
+            np.testing.assert_allclose(results[name], value, rtol=1e-5, atol=1e-6)
 
 
 # --- bad input ----------------------------------------------------------------------------------------

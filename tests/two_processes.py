@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from safetensors.numpy import save_file
 
 from nso_jax import parallel
 
@@ -52,7 +53,7 @@ def main(index, port, output):
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=int(index))
     assert (jax.device_count(), jax.local_device_count()) == (8, 4)
-    np.savez(output, **train())
+    save_file(train(), output)
     jax.distributed.shutdown()
 
 

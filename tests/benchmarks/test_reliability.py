@@ -17,7 +17,7 @@ def strict():
 
 @pytest.fixture(scope="module")
 def soaked():
-    return soak.soak(300)
+    return soak.apart(300)
 
 
 @pytest.mark.slow
@@ -65,7 +65,7 @@ def test_the_command_leaves_its_figures(tmp_path, monkeypatch, soaked):
         "bad": lambda options, _: [Trials("a bad one", options.times, 1, "not so well")],
     }
     monkeypatch.setattr(reliability, "CHECKS", checks)
-    monkeypatch.setattr(soak, "soak", lambda *_: soaked)
+    monkeypatch.setattr(soak, "apart", lambda _: soaked)
     assert cli.main(["reliability", "--times", "3", "--out", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "reliability.json").read_text())
     made = reliability.rows(results)
