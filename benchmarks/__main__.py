@@ -45,8 +45,8 @@ COMMANDS = {
     "ablate": Command("what each choice in noise stability optimization is worth"),
     "rivals": Command("what SAM, its family and penalties cost"),
     "robustness": Command("accuracy under attack, after input penalties or NSO"),
-    "precision": Command("what 16-bit numbers do to small noise, and to training with it"),
-    "reliability": Command("faults, odd inputs and long runs, and what is lost by them", devices=8),
+    "precision": Command("what 16-bit numbers do to small noise and to training"),
+    "reliability": Command("faults and odd inputs, and what is lost by them", devices=8),
     "publish": Command("copies a demo's output to benchmarks/results and README.md"),
     "readme": Command("writes the tables of benchmarks/results to README.md"),
 }

@@ -1,6 +1,7 @@
 """What training may meet and survive: faults, odd inputs, long runs, other machines."""
 
 import dataclasses
+import functools
 import os
 import re
 import subprocess
@@ -54,10 +55,6 @@ def run(options: Options, progress: Progress) -> dict[str, Any]:
     """
     rows = []
 
-    def advance_of(name: str) -> Advance:
-        shown = progress.add_task(name, total=None)
-        return lambda count: progress.advance(shown, count)
-
     def add(trials: Trials, start: float) -> None:
         seconds = time.perf_counter() - start
         rows.append({**trials._asdict(), "seconds": seconds})
@@ -68,8 +65,9 @@ def run(options: Options, progress: Progress) -> dict[str, Any]:
     soaked = soak.apart(options.steps)
     add(soak.trials(soaked), start)
     for name, check in CHECKS.items():
+        advance = functools.partial(progress.advance, progress.add_task(name, total=None))
         start = time.perf_counter()
-        for trials in check(options, advance_of(name)):
+        for trials in check(options, advance):
             add(trials, start)
             start = time.perf_counter()
     return {"settings": options.settings(), "rows": rows, "soak": soaked._asdict()}
@@ -97,8 +95,9 @@ def plot(results: dict[str, Any]) -> bytes:
     """The memory of the process over a long training, as PNG."""
     figure = Figure(figsize=(5, 3.2), layout="constrained")
     axes = figure.subplots()
-    axes.plot(results["soak"]["steps"], results["soak"]["mebibytes"], color=plots.colour("nso"), linewidth=2)
-    axes.set(title="Memory of a training process (MiB)", xlabel="steps", ylim=(0, None))
+    steps, mebibytes = (results["soak"][name] for name in ("steps", "mebibytes"))
+    axes.plot(steps, mebibytes, color=plots.colour("nso"), linewidth=2)
+    axes.set(title="Memory of a training process (MiB)", xlabel="steps", ylim=(0, 1.2 * max(mebibytes)))
     return plots.finish(figure)
 
 
@@ -127,6 +126,11 @@ def _properties(options: Options, advance: Advance) -> Trials:
     return Trials("random input", passing + failing, passing, note)
 
 
+def _damage(options: Options, advance: Advance) -> Iterator[Trials]:
+    yield kills.damaged(advance)
+    yield kills.damaged_lines(options.times, advance)
+
+
 def _wheel(options: Options, advance: Advance) -> Iterator[Trials]:
     with supply.clean_environment() as (wheel, python):
         yield supply.wheel(wheel, python, advance)
@@ -137,7 +141,7 @@ def _wheel(options: Options, advance: Advance) -> Iterator[Trials]:
 CHECKS: dict[str, Callable[[Options, Advance], Any]] = {
     "kills": lambda options, advance: [kills.harness(options.times, advance)],
     "kills of a script": lambda options, advance: [kills.script(options.times, advance)],
-    "damage": lambda options, advance: [kills.damaged(advance), kills.damaged_lines(options.times, advance)],
+    "damage": _damage,
     "round trips": lambda _, advance: [round_trips.round_trips(advance)],
     "non-finite": lambda options, advance: [numerics.nonfinite(options.seeds, advance)],
     "determinism": lambda _, advance: [numerics.determinism(advance)],

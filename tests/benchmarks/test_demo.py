@@ -169,7 +169,7 @@ def test_publish_copies_to_the_results_and_the_readme(output, results, tmp_path,
         assert published == (output / f"{method}.safetensors").read_bytes()
     text = cli.README.read_text()
     assert table.markdown(demo, results) in text
-    assert "old" not in text
+    assert "\nold\n" not in text
     assert text.startswith("before\n<!-- demo-table -->\n")
     assert text.endswith("-table -->\nafter\n")
     cli.main(["readme"])
