@@ -17,13 +17,14 @@ test: lint
 	XLA_FLAGS= $(BIN)/python -m pytest -m timing tests
 	$(BIN)/python -m pytest --nbmake notebooks
 
-# The library's tests on the oldest versions that pyproject.toml allows, and on the newest with the newest Python.
+# The library's quicker tests, on the oldest versions that pyproject.toml allows and on the newest with the newest Python.
 # Other libraries of today use what the oldest JAX deprecates.
 test-oldest: .venv-oldest/ready
-	.venv-oldest/bin/python -m pytest -n 2 -m "not timing" --ignore tests/benchmarks -W default::DeprecationWarning
+	.venv-oldest/bin/python -m pytest -n 2 -m "not timing and not slow" --ignore tests/benchmarks \
+		-W default::DeprecationWarning
 
 test-newest: .venv-newest/ready
-	.venv-newest/bin/python -m pytest -n 2 -m "not timing" --ignore tests/benchmarks
+	.venv-newest/bin/python -m pytest -n 2 -m "not timing and not slow" --ignore tests/benchmarks
 
 nightly: $(READY)
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/test_properties.py

@@ -25,9 +25,9 @@ from benchmarks.training import Task
 PRETRAINING_RATE, PRETRAINING_DECAY = 0.1, 5e-4
 PRETRAINING_BATCH = 100
 MLP_WIDTH = 256
-# Its weights are so many that they bear more noise.
-MLP_STRENGTHS = {"nso": (0.01, 0.02, 0.05, 0.1)} | dict.fromkeys(
-    ("nso-relative", "nso-micro", "wp-micro"), (0.1, 0.2, 0.4, 0.8)
+# Its weights are so many that they bear more noise, and longer steps up.
+MLP_STRENGTHS = {"nso": (0.01, 0.02, 0.05, 0.1), "asam": (0.5, 1.0, 2.0, 4.0)} | dict.fromkeys(
+    ("nso-relative", "nso-micro", "wp-micro"), (0.2, 0.4, 0.8, 1.2)
 )
 DIGITS_TRAIN = 797  # of 1,797: those that are not for the test
 
