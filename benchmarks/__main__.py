@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import table
-from benchmarks.files import RESULTS, UserError, output_folder, read_file, write_files, write_into
+from benchmarks.files import RESULTS, ROOT, UserError, output_folder, read_file, write_files, write_into
 
 
 class Command(NamedTuple):
@@ -69,7 +69,7 @@ TABLES = {
     "precision": "precision",
     "reliability": "reliability",
 }
-README = Path(__file__).parent.parent / "README.md"
+README = ROOT / "README.md"
 
 
 def main(words: Sequence[str] | None = None) -> int:

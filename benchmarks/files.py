@@ -6,7 +6,8 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parent.parent  # of the repository
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 class UserError(Exception):

@@ -25,22 +25,19 @@ import optax
 from flax import nnx
 
 from benchmarks import checkpoints, data, training
-from benchmarks.files import write_files
+from benchmarks.files import ROOT, write_files
 from benchmarks.journal import CHECKPOINTS, LINES, Journal, finish
 from benchmarks.methods import METHODS
 from benchmarks.models import MLP
 from benchmarks.training import Settings, Task
-from benchmarks.trials import Trials
+from benchmarks.trials import Advance, Trials
 
-ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "examples" / "resume.py"
 NAMES = ("adam", "nso")
 GRADIENTS, POINTS = 300, 30
 # Seconds at the most from the first checkpoint that a process begins to write to its end: about what it takes
 # to write it, for one half of the kills, and time for some more, for the other.
 DELAYS = (0.05, 1.0)
-
-Advance = Callable[[float], None]
 
 
 class Program(NamedTuple):

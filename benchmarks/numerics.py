@@ -18,7 +18,8 @@ from flax import nnx
 
 import nso_jax
 import nso_jax.nnx
-from benchmarks.trials import Trials
+from benchmarks.files import ROOT
+from benchmarks.trials import Advance, Trials
 from nso_jax import curvature, noise, parallel, sharpness
 
 Params = dict[str, jax.Array]
@@ -68,7 +69,7 @@ class _Bilinear(nnx.Module):
 # --- faults -------------------------------------------------------------------------------------------
 
 
-def nonfinite(times: int, advance: Callable[[float], None] = lambda _: None) -> Trials:
+def nonfinite(times: int, advance: Advance = lambda _: None) -> Trials:
     """Faults that make an evaluation NaN or infinite in the midst of a training, by every entry point.
 
     Args:
@@ -325,7 +326,7 @@ def _digest(tree: Any) -> str:
 
 
 def determinism(
-    advance: Callable[[float], None] = lambda _: None,
+    advance: Advance = lambda _: None,
     *,
     times: int = 2,
     seeds_of_hashes: Sequence[str] = SEEDS_OF_HASHES,
@@ -418,7 +419,7 @@ def _digests_of_a_process(hash_seed: str) -> dict[str, str]:
     program = "import json; from benchmarks import numerics; print(json.dumps(numerics.digests()))"
     environment = os.environ | {"PYTHONHASHSEED": hash_seed}
     done = subprocess.run(  # noqa: S603
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
     )
     return json.loads(done.stdout)
 

@@ -8,22 +8,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 from rich.progress import Progress
 
 from benchmarks import arguments, kills, numerics, plots, round_trips, soak, supply
-from benchmarks.files import UserError
-from benchmarks.trials import Trials
+from benchmarks.files import ROOT, UserError
+from benchmarks.trials import Advance, Trials
 
-ROOT = Path(__file__).parent.parent
 PROPERTIES = ROOT / "tests" / "test_properties.py"
 
 HEADERS: tuple[str, ...] = ("fault or input", "times tried", "survived", "lost")
-
-Advance = Callable[[float], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 import nso_jax
-from benchmarks.trials import Trials
+from benchmarks.trials import Advance, Trials
 from nso_jax import sharpness
 
 State = Any
@@ -166,7 +166,7 @@ def lost(optimizer: str, key: str, route: str) -> list[str]:
     return _differences(state, back) + [f"next {path}" for path in _differences(step(state), step(back))]
 
 
-def round_trips(advance: Callable[[float], None] = lambda _: None) -> Trials:
+def round_trips(advance: Advance = lambda _: None) -> Trials:
     """Sends the state of each optimizer, with each kind of key, on each route.
 
     Args:

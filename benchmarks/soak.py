@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -16,9 +15,9 @@ from flax import nnx
 
 from benchmarks import demo, training
 from benchmarks.data import Examples
+from benchmarks.files import ROOT
 from benchmarks.trials import Trials
 
-ROOT = Path(__file__).parent.parent
 NUM_RECORDS = 100
 WARM_UP = 0.2  # of the steps: allocators and caches fill up first
 LIMIT = 1.0  # MiB in 1,000 steps

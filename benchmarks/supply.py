@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from benchmarks import data, timing
-from benchmarks.files import UserError, write_into
+from benchmarks.files import ROOT, UserError, write_into
 from benchmarks.timing import Ratio
-from benchmarks.trials import Trials
+from benchmarks.trials import Advance, Trials
 
-ROOT = Path(__file__).parent.parent
 IMPORT_LIMIT = 1.5  # over the time that `import optax` takes
 
 # What the core dependencies are enough for.
@@ -48,8 +47,6 @@ HOSTILE = (
     "line\nbreak",
     "back\\slash",
 )
-
-Advance = Callable[[float], None]
 
 
 @contextlib.contextmanager

@@ -1,6 +1,9 @@
 """How often a fault or an odd input was tried, and how often nothing was lost by it."""
 
+from collections.abc import Callable
 from typing import NamedTuple
+
+Advance = Callable[[float], None]  # called with 1 after each trial
 
 
 class Trials(NamedTuple):
