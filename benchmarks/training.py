@@ -148,11 +148,11 @@ def train(
         jax.block_until_ready(state)
         seconds += time.perf_counter() - start
         done = point
-        model = evaluated(task, steps.graphdef, state, settings.seed)
-        curve.append({"evaluations": done * method.gradients_per_step, **measure(model)})
+        figures = measure(evaluated(task, steps.graphdef, state, settings.seed))
+        curve.append({"evaluations": done * method.gradients_per_step, **figures})
         if journal:
             journal.save(done, state, curve[-1])
-    return Trained(model, curve, seconds)
+    return Trained(evaluated(task, steps.graphdef, state, settings.seed), curve, seconds)
 
 
 def initial_state(task: Task, method: Method, settings: Settings) -> nnx.State:

@@ -126,7 +126,7 @@ def _resumes_exactly(task, method, folder):
     measure = lambda model: {"loss": float(task.loss(model, next(task.batches(1, 0))))}  # noqa: E731
     whole = training.train(task, method, settings, measure=measure)
 
-    def go_on(advance=lambda _: None, *, resume=True):
+    def go_on(advance=lambda _: None, *, resume=True, afterwards=lambda _: None):
         journal = Journal(folder, {}, resume=resume, pause=0)
         kept = []
 
@@ -134,6 +134,7 @@ def _resumes_exactly(task, method, folder):
             kept.append(
                 training.train(task, method, settings, measure=measure, journal=journal, advance=advance)
             )
+            afterwards(1)
             return {"curve": kept[0].curve}
 
         return journal.once("x", compute), *kept
@@ -144,6 +145,9 @@ def _resumes_exactly(task, method, folder):
     lines = [json.loads(line) for line in (folder / LINES).read_text().splitlines()]
     steps = [line["step"] for line in lines if "figures" in line]
     assert steps == [point // method.gradients_per_step for point in (6, 12)]
+    for _ in range(2):  # when all steps are done, while the network is measured
+        with pytest.raises(KilledError):
+            go_on(afterwards=killed_after(0))
     result, resumed = go_on()
     assert result["curve"] == resumed.curve == whole.curve
     assert equal(nnx.state(resumed.model), nnx.state(whole.model))
