@@ -171,20 +171,13 @@ def run(options: Options, progress: Progress) -> dict[str, Any]:
             advance(options.gradients)
         figures = journal.once(title, compute, functools.partial(comparison.tell, progress, title))
         runs.append({"choice": variant.choice, "value": variant.value, "seed": seed, **figures})
-    told = [
-        {
-            "choice": variant.choice,
-            "value": variant.value,
-            "strength": variant.strength,
-            "gradients_per_step": variant.method.gradients_per_step,
-            "noise": _noise_in_gradient(problems["none"], variant),
-        }
-        for variant in made
-    ]
     return {
         "settings": options.settings(),
         "data": problems["none"].sizes(),
-        "variants": told,
+        "variants": [
+            _told(variant, problems["none"], journal)
+            for variant in progress.track(made, description="noise in gradients")
+        ],
         "runs": runs,
     }
 
@@ -210,46 +203,67 @@ def caption(results: dict[str, Any]) -> str:
 
 
 def plot(results: dict[str, Any]) -> bytes:
-    """Accuracy and trace of each variant, a column for each choice: means, a dot for each seed; as PNG."""
-    values: dict[str, list[dict[str, Any]]] = {}
+    """Accuracy and trace of each variant, a column for each choice: means, their intervals, seeds; as PNG."""
+    choices: dict[str, list[dict[str, Any]]] = {}
     for variant in results["variants"]:
-        values.setdefault(variant["choice"], []).append(variant)
-    figure = Figure(figsize=(1.5 + 0.42 * len(results["variants"]), 5), layout="constrained")
-    widths = [len(variants) for variants in values.values()]
-    panels = figure.subplots(2, len(values), sharey="row", squeeze=False, width_ratios=widths)
-    for column, (choice, variants) in zip(panels.T, values.items(), strict=True):
-        column[0].set_title(choice.replace("-", "\n"), fontsize="medium")
-        for axes, of, scale in zip(column, ("test_accuracy", "trace"), (100, 1), strict=True):
-            figures = [[scale * run[of] for run in _runs(variant, results)] for variant in variants]
-            _plot_values(axes, figures)
-        column[0].set_xticklabels([])
-        names = [variant["value"] for variant in variants]
-        column[1].set_xticks(range(len(names)), names, rotation=90, fontsize="small")
-    top = panels[0, 0].get_ylim()[1]
-    # What learns nothing may leave the picture.
-    panels[0, 0].set(ylabel="test accuracy (%)", ylim=(top - 12, top))
-    panels[1, 0].set(ylabel="Hessian trace", yscale="log")
-    plots.label_log_axis(panels[1, 0].yaxis)
+        choices.setdefault(variant["choice"], []).append(variant)
+    lines = _lines(choices)
+    figure = Figure(figsize=(12, 4.8 * len(lines)), layout="constrained")
+    for block, line in zip(figure.subfigures(len(lines), squeeze=False)[:, 0], lines, strict=True):
+        widths = [len(choices[choice]) for choice in line]
+        panels = block.subplots(2, len(line), sharey="row", squeeze=False, width_ratios=widths)
+        for column, choice in zip(panels.T, line, strict=True):
+            column[0].set_title(choice.replace("-", "\n"), fontsize="medium")
+            for axes, of, scale in zip(column, ("test_accuracy", "trace"), (100, 1), strict=True):
+                figures = [[scale * run[of] for run in _runs(v, results)] for v in choices[choice]]
+                _plot_values(axes, [v["value"] for v in choices[choice]], figures)
+            column[0].set_xticklabels([])
+        best = 100 * max(run["test_accuracy"] for run in results["runs"])
+        traces = [run["trace"] for run in results["runs"]]
+        # What learns nothing may leave the picture.
+        panels[0, 0].set(ylabel="test accuracy (%)", ylim=(best - 8, best + 0.5))
+        panels[1, 0].set(ylabel="Hessian trace", yscale="log", ylim=(min(traces) / 1.2, max(traces) * 1.2))
+        plots.label_log_axis(panels[1, 0].yaxis)
     return plots.finish(figure)
 
 
-def _noise_in_gradient(problem: Problem, variant: Variant) -> float:
+def _lines(choices: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
+    """The choices, in lines that are about as long as one another."""
+    ends = itertools.accumulate(map(len, choices.values()))
+    half = sum(map(len, choices.values())) / 2
+    first = [choice for choice, end in zip(choices, ends, strict=True) if end <= half]
+    return [line for line in (first, list(choices)[len(first) :]) if line]
+
+
+def _told(variant: Variant, problem: Problem, journal: Journal) -> dict[str, Any]:
+    noise_of = functools.partial(_noise_in_gradient, problem, variant.method, variant.strength)
+    return {
+        "choice": variant.choice,
+        "value": variant.value,
+        "strength": variant.strength,
+        "gradients_per_step": variant.method.gradients_per_step,
+        **journal.once(f"noise of {variant.choice} {variant.value}", noise_of),
+    }
+
+
+@functools.cache  # many variants have the same noise
+def _noise_in_gradient(problem: Problem, method: Method, strength: float) -> dict[str, float]:
     """The variance of the step over draws of the noise, summed over the weights, over its mean's square."""
     task = problem.task
     batch = next(task.batches(0, 0))
     graphdef, state = nnx.split(task.model(0))
-    update = variant.method.update(task.loss)
+    update = method.update(task.loss)
 
     @jax.jit
     def step(key: jax.Array) -> jax.Array:
         before, after = (nnx.merge(graphdef, state, copy=True) for _ in range(2))
         optimizer = nnx.Optimizer(after, optax.sgd(1.0), wrt=nnx.Param)
-        update(after, optimizer, key, jnp.float32(variant.strength), batch)
+        update(after, optimizer, key, jnp.float32(strength), batch)
         weights, moved = (ravel_pytree(nnx.state(model, nnx.Param))[0] for model in (before, after))
         return moved - weights
 
     steps = np.stack([step(key) for key in jax.random.split(jax.random.key(0), DRAWS)])
-    return float(steps.var(axis=0, ddof=1).sum() / np.square(steps.mean(axis=0)).sum())
+    return {"noise": float(steps.var(axis=0, ddof=1).sum() / np.square(steps.mean(axis=0)).sum())}
 
 
 def _row(variant: dict[str, Any], results: dict[str, Any]) -> list[str]:
@@ -271,9 +285,13 @@ def _runs(variant: dict[str, Any], results: dict[str, Any]) -> list[dict[str, An
     ]
 
 
-def _plot_values(axes: Axes, figures: list[list[float]]) -> None:
-    places = np.arange(len(figures))
-    axes.plot(places, np.mean(figures, axis=1), color=MEAN, linewidth=1.5)
-    for place, of_seeds in zip(places, figures, strict=True):
-        axes.plot([place] * len(of_seeds), of_seeds, ".", color=SEED, markersize=5)
-    axes.set_xticks(places)
+def _plot_values(axes: Axes, values: list[str], figures: list[list[float]]) -> None:
+    places, array = np.arange(len(figures)), np.array(figures).T
+    for of_seed in array:
+        axes.plot(places, of_seed, ".", color=SEED, markersize=4, alpha=0.5)
+    # Numbers have an order, and the way from one to the next means something.
+    line = "-" if all(value.replace(".", "").isdigit() for value in values) else "none"
+    means, widths = array.mean(axis=0), plots.interval(array)
+    axes.errorbar(places, means, widths, color=MEAN, marker="o", markersize=4, linestyle=line, capsize=2)
+    axes.set_xticks(places, values, rotation=90, fontsize="small")
+    axes.margins(x=0.5 / len(values))
