@@ -4,30 +4,33 @@ import dataclasses
 import functools
 import itertools
 import statistics
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 from matplotlib.figure import Figure
 from rich.progress import Progress
-from sklearn import datasets
 
 import nso_jax
-from benchmarks import arguments, plots, table
-from nso_jax import curvature, noise
+import nso_jax.nnx
+from benchmarks import arguments, data, measuring, methods, plots, table, training
+from benchmarks.data import Examples, Split
+from benchmarks.measuring import Gauge
+from benchmarks.methods import Loss, Method, Update
+from benchmarks.models import MLP
+from benchmarks.training import Settings, Task
+from nso_jax import noise
 
-Params = dict[str, jax.Array]
-Batch = tuple[Any, Any]
 Estimated = dict[str, float | None]
 
 WIDTHS = (64, 64, 10)
-NUM_TRAIN = 800
-NUM_TEST = 500
+NUM_TRAIN = 700
 BATCH_SIZE = 64
 RATE = 0.1
-MOMENTUM = 0.9
 NUM_PRODUCTS = 40
 
 DEVIATION = 0.05  # of the weights whose moves are counted
@@ -39,7 +42,7 @@ NOISES = {
 }
 TRAINED_SIGMAS = (0.0, 1e-3, 1e-1)
 ESTIMATED = ("still", "variance", "rise", "error")  # in percent
-MEASURED = ("train_loss", "test_accuracy", "trace")
+MEASURED = {"train_loss": 1, "test_accuracy": 100, "trace": 1}  # and what to show them times
 
 
 class Mode(NamedTuple):
@@ -100,13 +103,12 @@ def run(options: Options, progress: Progress) -> dict[str, Any]:
     """
     kinds = list(itertools.product(TRAINED_SIGMAS, MODES.items()))
     advance = functools.partial(progress.advance, progress.add_task("precision", total=len(kinds)))
-    train, test = _digits()
-    weights = _train(MODES["float32"], 0.0, 0, options.steps // 3, train)
+    weights = nnx.state(_train(MODES["float32"], 0.0, 0, options.steps // 3))
     records = []
     for sigma, (name, mode) in kinds:
-        estimated = _estimate(mode, sigma, weights, train, options.draws if sigma else 1)
-        trained = [_train(mode, sigma, seed, options.steps, train) for seed in range(options.seeds)]
-        runs = [_measure(params, train, test) for params in trained]
+        estimated = _estimate(mode, sigma, weights, _split().train, options.draws if sigma else 1)
+        trained = [_train(mode, sigma, seed, options.steps) for seed in range(options.seeds)]
+        runs = [_measure(model) for model in trained]
         records.append({"mode": name, "sigma": sigma, **estimated, "runs": runs})
         advance()
     return {
@@ -137,7 +139,7 @@ def rows(results: dict[str, Any]) -> list[list[str]]:
             record["mode"],
             f"{record['sigma']:g}",
             *("" if record[name] is None else table.number(record[name]) for name in ESTIMATED),
-            *(_with_deviation([run[name] for run in record["runs"]]) for name in MEASURED),
+            *(_cell(record["runs"], name, times) for name, times in MEASURED.items()),
         ]
         for record in results["records"]
     ]
@@ -181,84 +183,90 @@ def plot(results: dict[str, Any]) -> bytes:
     return plots.finish(figure, axes)
 
 
-def _digits() -> tuple[Batch, Batch]:
-    loaded = datasets.load_digits()
-    images, labels = loaded.data / 16, loaded.target
-    order = np.random.default_rng(0).permutation(len(labels))
-    train, test = order[:NUM_TRAIN], order[-NUM_TEST:]
-
-    def part(rows: np.ndarray) -> Batch:
-        return images[rows].astype(np.float32), labels[rows].astype(np.int32)
-
-    return part(train), part(test)
+def _as(tree: Any, dtype: Any) -> Any:
+    return jax.tree.map(lambda w: w.astype(dtype), tree)
 
 
-def _start(seed: int) -> Params:
-    keys = jax.random.split(jax.random.key(seed), len(WIDTHS) - 1)
-    ends = zip(keys, WIDTHS[:-1], WIDTHS[1:], strict=True)
-    kernels = {
-        f"w{i}": jnp.sqrt(2 / n) * jax.random.normal(key, (n, m)) for i, (key, n, m) in enumerate(ends)
-    }
-    return kernels | {f"b{i}": jnp.zeros(m) for i, m in enumerate(WIDTHS[1:])}
+def _network(seed: int, dtype: Any) -> MLP:
+    model = MLP(WIDTHS, rngs=nnx.Rngs(seed))
+    nnx.update(model, _as(nnx.state(model), dtype))
+    return model
 
 
-def _logits(params: Params, x: Any, dtype: Any) -> jax.Array:
-    cast = {name: w.astype(dtype) for name, w in params.items()}
-    hidden = jax.nn.relu(jnp.asarray(x).astype(dtype) @ cast["w0"] + cast["b0"])
-    return hidden @ cast["w1"] + cast["b1"]
+def _loss(mode: Mode, model: nnx.Module, batch: Examples) -> jax.Array:
+    """The mean cross-entropy, times the mode's factor; from the logits on in float32 at least."""
+    graphdef, params = nnx.split(model)
+    logits = nnx.merge(graphdef, _as(params, mode.computed))(jnp.asarray(batch.inputs, mode.computed))
+    losses = optax.softmax_cross_entropy_with_integer_labels(noise.widen(logits), batch.labels)
+    return mode.scale * losses.mean()
 
 
-def _loss(params: Params, batch: Batch, computed: Any = jnp.float32, scale: float = 1.0) -> jax.Array:
-    """The mean cross-entropy, times `scale`; from the logits on in float32 at least."""
-    logits = noise.widen(_logits(params, batch[0], computed))
-    return scale * optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
+@functools.cache
+def _split() -> Split:
+    return data.digits(0, NUM_TRAIN)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _value_and_grad(mode: Mode, key: jax.Array, params: Params, batch: Batch, sigma: Any) -> Any:
-    """With loss scaling, as a user would write it around the library."""
-    loss = functools.partial(_loss, computed=mode.computed, scale=mode.scale)
-    value, grads = nso_jax.value_and_grad(loss, sigma=sigma)(key, params, batch)
-    return value / mode.scale, jax.tree.map(lambda g: g.astype(jnp.float32) / mode.scale, grads)
+@functools.cache
+def _task(mode: Mode) -> Task:
+    def batches(seed: int, first: int) -> Iterator[Examples]:
+        return data.batches(_split().train, BATCH_SIZE, seed, first)
+
+    loss = functools.partial(_loss, mode)
+    return Task(lambda seed: _network(seed, mode.stored), batches, NUM_TRAIN, _momentum, loss)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _step(
-    mode: Mode, state: tuple[Params, Params], key: jax.Array, batch: Batch, sigma: Any
-) -> tuple[Params, Params]:
+def _momentum(learning_rate: Any, *_: Any, **__: Any) -> optax.GradientTransformation:
     """SGD with momentum, both in the dtype that weights are stored in."""
-    params, momentum = state
-    _, grads = _value_and_grad(mode, key, params, batch, sigma)
-    momentum = jax.tree.map(lambda m, g: MOMENTUM * m + g.astype(m.dtype), momentum, grads)
-    return jax.tree.map(lambda w, m: w - RATE * m, params, momentum), momentum
+    return optax.sgd(learning_rate, momentum=methods.MOMENTUM)
 
 
-def _train(mode: Mode, sigma: float, seed: int, steps: int, train: Batch) -> Params:
-    params = {name: w.astype(mode.stored) for name, w in _start(seed).items()}
-    state = params, jax.tree.map(jnp.zeros_like, params)
-    rng, key = np.random.default_rng(seed), jax.random.key(seed)
-    for n in range(steps):
-        rows = rng.integers(len(train[1]), size=BATCH_SIZE)
-        batch = (train[0][rows], train[1][rows])
-        state = _step(mode, state, jax.random.fold_in(key, n), batch, sigma)
-    return {name: w.astype(jnp.float32) for name, w in state[0].items()}
+@functools.cache
+def _method(mode: Mode) -> Method:
+    """Noise stability optimization with loss scaling, as a user would write it around the library."""
+
+    def of(loss: Loss) -> Update:
+        def update(
+            model: nnx.Module, optimizer: nnx.Optimizer, key: jax.Array, sigma: jax.Array, batch: Examples
+        ) -> None:
+            _, grads = nso_jax.nnx.value_and_grad(loss, sigma=sigma)(key, model, batch)
+            optimizer.update(model, _as(_unscaled(mode, grads), mode.stored))
+
+        return update
+
+    return Method(of, 2)
 
 
-def _measure(params: Params, train: Batch, test: Batch) -> dict[str, float]:
+def _unscaled(mode: Mode, grads: Any) -> Any:
+    return jax.tree.map(lambda g: g.astype(jnp.float32) / mode.scale, grads)
+
+
+def _train(mode: Mode, sigma: float, seed: int, steps: int) -> nnx.Module:
+    """The network after so many steps, in float32."""
+    settings = Settings(2 * steps, RATE, strength=sigma, seed=seed)
+    model = training.train(_task(mode), _method(mode), settings).model
+    nnx.update(model, _as(nnx.state(model), jnp.float32))
+    return model
+
+
+def _measure(model: nnx.Module) -> dict[str, float]:
     """Training loss, test accuracy and the trace of the training loss's Hessian, in float32."""
-    right = jnp.argmax(_logits(params, test[0], jnp.float32), axis=-1) == test[1]
-    trace = curvature.trace(jax.random.key(0), _loss, params, train, num_products=NUM_PRODUCTS)
-    figures = float(_loss(params, train)), 100 * float(jnp.mean(right)), trace.value
-    return dict(zip(MEASURED, figures, strict=True))
+    network = measuring.split_network(model)[1]
+    point = measuring.measure_point(_gauge(), network, _split(), NUM_PRODUCTS)
+    return {name: point[name] for name in MEASURED}
 
 
-def _estimate(mode: Mode, sigma: float, weights: Params, batch: Batch, draws: int) -> Estimated:
+@functools.cache
+def _gauge() -> Gauge:
+    return measuring.gauge(_graphdef())
+
+
+def _estimate(mode: Mode, sigma: float, weights: nnx.State, batch: Examples, draws: int) -> Estimated:
     """In percent: weights that stay, the noise's variance that is kept, rise of the loss, gradient's error.
 
     The last two are of the average over draws, against float64 at the same weights with the same noise.
     Without noise only the gradient has something to show.
     """
-    params = {name: w.astype(mode.stored) for name, w in weights.items()}
+    params = _as(weights, mode.stored)
     unmoved, variances, values, grads, true_values, true_grads = [], [], [], [], [], []
     for n in range(draws):
         key = jax.random.fold_in(jax.random.key(1), n)
@@ -285,35 +293,50 @@ def _estimate(mode: Mode, sigma: float, weights: Params, batch: Batch, draws: in
 
 
 @functools.partial(jax.jit, static_argnums=0)
+def _value_and_grad(mode: Mode, key: jax.Array, params: nnx.State, batch: Examples, sigma: Any) -> Any:
+    loss = functools.partial(_loss_of_params, mode)
+    value, grads = nso_jax.value_and_grad(loss, sigma=sigma)(key, params, batch)
+    return value / mode.scale, _unscaled(mode, grads)
+
+
+def _loss_of_params(mode: Mode, params: nnx.State, batch: Examples) -> jax.Array:
+    return _loss(mode, nnx.merge(_graphdef(), params), batch)
+
+
+@functools.cache
+def _graphdef() -> nnx.GraphDef[Any]:
+    return nnx.graphdef(_network(0, jnp.float32))
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def _moved(
-    mode: Mode, key: jax.Array, params: Params, sigma: Any
-) -> tuple[Params, Params, dict[int, Params]]:
+    mode: Mode, key: jax.Array, params: nnx.State, sigma: Any
+) -> tuple[nnx.State, nnx.State, dict[int, nnx.State]]:
     """The library's first draw for a key, and the weights that the loss computes with, plain and moved."""
-
-    def cast(tree: Params) -> Params:
-        return {name: w.astype(mode.computed) for name, w in tree.items()}
-
     u = noise.perturbation(jax.random.split(key, 1)[0], params, sigma)
-    return u, cast(params), {sign: cast(noise.perturb(params, u, sign)) for sign in (1, -1)}
+    moved = {sign: _as(noise.perturb(params, u, sign), mode.computed) for sign in (1, -1)}
+    return u, _as(params, mode.computed), moved
 
 
-def _in_float64(params: Params, u: Params, sign: int, batch: Batch) -> tuple[float, np.ndarray]:
+def _in_float64(params: nnx.State, u: nnx.State, sign: int, batch: Examples) -> tuple[float, np.ndarray]:
     wide, moves = (jax.tree.map(lambda x: np.asarray(x, np.float64), tree) for tree in (params, u))
     with jax.enable_x64(True):
         moved = jax.tree.map(lambda w, u: w + sign * u, wide, moves)
-        value, grads = _value_and_grad_in_float64(moved, (batch[0].astype(np.float64), batch[1]))
+        value, grads = _value_and_grad_in_float64(moved, batch)
         return float(value), _flat(grads)
 
 
 @jax.jit
-def _value_and_grad_in_float64(params: Params, batch: Batch) -> Any:
-    return jax.value_and_grad(functools.partial(_loss, computed=jnp.float64))(params, batch)
+def _value_and_grad_in_float64(params: nnx.State, batch: Examples) -> Any:
+    mode = Mode(jnp.float64, jnp.float64)
+    return jax.value_and_grad(functools.partial(_loss_of_params, mode))(params, batch)
 
 
-def _flat(tree: Params) -> np.ndarray:
-    return np.concatenate([np.asarray(tree[name], np.float64).ravel() for name in sorted(tree)])
+def _flat(tree: nnx.State) -> np.ndarray:
+    return np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(tree)])
 
 
-def _with_deviation(values: list[float]) -> str:
+def _cell(runs: list[dict[str, float]], name: str, times: float) -> str:
+    values = [times * run[name] for run in runs]
     deviation = statistics.stdev(values) if len(values) > 1 else None
     return table.with_error(statistics.mean(values), deviation)
