@@ -385,30 +385,26 @@ def claims(results: dict[str, Any]) -> str:
 
 def plot(results: dict[str, Any]) -> bytes:
     """Accuracy and trace over training, with 95 % bands, and where each method ends, as PNG."""
-    figure = Figure(figsize=(11.5, 4), layout="constrained")
-    accuracy, trace, end = figure.subplots(1, 3)
-    for name in results["chosen"]:
-        runs = _runs(results, name)
-        x = [point["evaluations"] for point in runs[0]["curve"]]
-        if name in plots.FOLLOWED:
-            curves = [[point["test_accuracy"] for point in run["curve"]] for run in runs]
-            plots.band(
-                accuracy, name, x, [[100 * y for y in curve] for curve in curves], spread=plots.interval
-            )
-            traces = [[point["trace"] for point in run["curve"]] for run in runs]
-            plots.band(trace, name, x, traces, log=True, spread=plots.interval)
+    followed = len(results["runs"][0]["curve"]) > 1
+    figure = Figure(figsize=(11.5, 4) if followed else (6, 4), layout="constrained")
+    *panels, end = figure.subplots(1, 3 if followed else 1, squeeze=False)[0]
+    for axes, of, scale in zip(panels, ("test_accuracy", "trace"), (100, 1), strict=False):
+        for name in filter(plots.FOLLOWED.__contains__, results["chosen"]):
+            runs = _runs(results, name)
+            x = [point["evaluations"] for point in runs[0]["curve"]]
+            curves = [[scale * point[of] for point in run["curve"]] for run in runs]
+            plots.band(axes, name, x, curves, log=of == "trace", spread=plots.interval)
+        axes.set(xlabel="gradient evaluations")
     _plot_ends(end, results)
-    accuracy.set(title="Test accuracy (%)", xlabel="gradient evaluations")
-    trace.set(title="Trace of the Hessian of the training loss", xlabel="gradient evaluations", yscale="log")
     end.set(title="At the end", xlabel="Hessian trace", ylabel="test accuracy (%)", xscale="log")
-    for axis in (trace.yaxis, end.xaxis):
-        plots.label_log_axis(axis)
-    if len(results["runs"][0]["curve"]) > 1:
-        return plots.finish(figure, accuracy)
-    for panel in (accuracy, trace):  # of one point nothing is to be seen
-        panel.remove()
-    figure.set_size_inches(5, 4)
-    return plots.finish(figure)
+    plots.label_log_axis(end.xaxis)
+    if not followed:
+        return plots.finish(figure)
+    accuracy, trace = panels
+    accuracy.set(title="Test accuracy (%)")
+    trace.set(title="Trace of the Hessian of the training loss", yscale="log")
+    plots.label_log_axis(trace.yaxis)
+    return plots.finish(figure, accuracy)
 
 
 def _row(name: str, results: dict[str, Any]) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import scipy.stats
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
+from matplotlib.axis import Axis, XAxis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
@@ -67,8 +67,9 @@ def band(
 
 
 def label_log_axis(axis: Axis) -> None:
-    """Labels 1, 2, 5, 10 and so on, in full."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    """Labels 1, 2, 5, 10 and so on, in full; side by side over many decades only the tens have room."""
+    low, high = axis.axes.get_xlim() if isinstance(axis, XAxis) else (1, 1)
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 30 else (1,)))
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set_minor_formatter(NullFormatter())
 
