@@ -48,7 +48,7 @@ class Soak(NamedTuple):
         """The growth of memory after the warm-up, in MiB per 1,000 steps.
 
         By Theil and Sen, the median of the slopes between all pairs, for which a single jump is none: malloc
-        takes a few MiB from the system at a time.
+        takes a few MiB from the system, or gives them back, at a time.
         """
         found = scipy.stats.theilslopes(self.mebibytes[self.warm :], self.steps[self.warm :])
         return 1000 * float(found.slope)
@@ -87,9 +87,13 @@ def soak(num_steps: int) -> Soak:
 
 
 def apart(num_steps: int) -> Soak:
-    """The same in a process of its own, on one device, as users have it."""
+    """The same in a process of its own, on one device, as users have it, and with one arena of malloc's.
+
+    Of several arenas each grows when threads' turns first lead to it, which is late on a busy machine.
+    """
     command = [sys.executable, "-m", "benchmarks.soak", str(num_steps)]
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment["MALLOC_ARENA_MAX"] = "1"
     done = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)  # noqa: S603
     return Soak(**json.loads(done.stdout))
 
