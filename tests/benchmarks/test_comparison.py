@@ -175,7 +175,8 @@ def test_an_ablation_leaves_its_figures(tmp_path, monkeypatch):
     few = [v for v in ablate.variants() if v.choice in ("schedule", "augmentation")]
     monkeypatch.setattr(ablate, "variants", lambda: few)
     monkeypatch.setattr(ablate, "DRAWS", 2)
-    words = ["ablate", *TINY, "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
+    words = ["ablate", *TINY, "--scratch", "--network", "mlp"]
+    words += ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
     assert cli.main(words) == 0
     results = json.loads((tmp_path / "out" / "ablate.json").read_text())
     assert len(results["runs"]) == 2 * len(few)
