@@ -207,6 +207,8 @@ def plot(results: dict[str, Any]) -> bytes:
     choices: dict[str, list[dict[str, Any]]] = {}
     for variant in results["variants"]:
         choices.setdefault(variant["choice"], []).append(variant)
+    best = 100 * max(run["test_accuracy"] for run in results["runs"])
+    traces = [run["trace"] for run in results["runs"]]
     lines = _lines(choices)
     figure = Figure(figsize=(12, 4.8 * len(lines)), layout="constrained")
     for block, line in zip(figure.subfigures(len(lines), squeeze=False)[:, 0], lines, strict=True):
@@ -218,8 +220,6 @@ def plot(results: dict[str, Any]) -> bytes:
                 figures = [[scale * run[of] for run in _runs(v, results)] for v in choices[choice]]
                 _plot_values(axes, [v["value"] for v in choices[choice]], figures)
             column[0].set_xticklabels([])
-        best = 100 * max(run["test_accuracy"] for run in results["runs"])
-        traces = [run["trace"] for run in results["runs"]]
         # What learns nothing may leave the picture.
         panels[0, 0].set(ylabel="test accuracy (%)", ylim=(best - 8, best + 0.5))
         panels[1, 0].set(ylabel="Hessian trace", yscale="log", ylim=(min(traces) / 1.2, max(traces) * 1.2))
