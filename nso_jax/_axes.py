@@ -1,51 +1,154 @@
 """Axes of `shard_map`, `pmap` or `vmap`: everything stays local along them until one mean in the end."""
 
-from collections.abc import Hashable
+import contextlib
+import contextvars
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from nso_jax import noise
 from nso_jax._checks import PyTree, broadcast_prefix, check_mapped, describe, dtype_of, is_inexact
 
 AxisName = Hashable | tuple[Hashable, ...]
 
+# Collectives whose results differ between devices, as do those of a loss that is each device's own.
+_VARYING = {
+    "all_gather", "all_to_all", "axis_index", "pbroadcast", "pcast", "ppermute", "psum_scatter",
+    "pvary", "reduce_scatter",
+}  # fmt: skip
+
+# The axes along which the params that a loss is evaluated at are copies, one for each device.
+_COPIED: contextvars.ContextVar[tuple[Hashable, ...]] = contextvars.ContextVar("copied", default=())
+
 
 def localize(
     tree: PyTree, key: jax.Array, axis_name: AxisName | None, *, independent_draws: bool
 ) -> tuple[PyTree, jax.Array]:
-    """Each device's own copy of a pytree and its own key: what `mean_over_axis` joins in the end.
+    """Each device's own copy of a pytree and its own key: what `combine_over_axis` joins in the end.
 
     With a copy that the devices share, JAX would sum gradients over them.
     """
     axes = as_tuple(axis_name)
     check_mapped("axis_name", axes)
 
-    def own(x: Any) -> Any:
-        for axis in axes:
-            x = x if _varies(x, axis) else jax.lax.pcast(x, axis, to="varying")
-        return x
-
     def own_if_inexact(x: Any) -> Any:
         dtype = dtype_of(x)
-        return own(x) if dtype is not None and jnp.issubdtype(dtype, jnp.inexact) else x
+        return _own(x, axes) if dtype is not None and jnp.issubdtype(dtype, jnp.inexact) else x
 
     if axes and independent_draws:
         key = jax.random.fold_in(key, jax.lax.axis_index(axes))
-    key = jax.random.wrap_key_data(own(jax.random.key_data(key)), impl=jax.random.key_impl(key))
+    key = jax.random.wrap_key_data(_own(jax.random.key_data(key), axes), impl=jax.random.key_impl(key))
     return jax.tree.map(own_if_inexact, tree), key
 
 
-def mean_over_axis(tree: PyTree, axis_name: AxisName | None) -> PyTree:
-    """The mean over devices of the inexact leaves; the others stay as they are on each device."""
+@contextlib.contextmanager
+def copies_along(axis_name: AxisName | None) -> Iterator[None]:
+    """What is traced inside evaluates losses at copies that `localize` made; `own_loss` needs to know."""
+    token = _COPIED.set((*_COPIED.get(), *as_tuple(axis_name)))
+    try:
+        yield
+    finally:
+        _COPIED.reset(token)
+
+
+def own_loss(value: Any) -> Any:
+    """A loss as each device's own, even if it ends in a sum over the devices that have copies of the params.
+
+    JAX takes a value that all devices share for one loss, and divides its derivative among the copies. As
+    many losses as there are copies, averaged in the end, have the derivative of the one.
+    """
+    return _own(value, _COPIED.get())
+
+
+def check_own_gradients(
+    name: str, grad_fn: Callable[[PyTree], PyTree], params: PyTree, axis_name: AxisName | None
+) -> None:
+    """Raises ValueError if gradients are of a loss that devices share, or might be.
+
+    Of copies of the params, that is, for which JAX knows (`check_vma`) that they are the devices' own.
+    """
+    axes = {axis for axis in as_tuple(axis_name) if any(_varies(x, axis) for x in jax.tree.leaves(params))}
+    if not axes:
+        return
+    closed = jax.make_jaxpr(grad_fn)(params)
+    if _sums_over(axes, closed.jaxpr, [True] * len(closed.jaxpr.invars)):
+        raise ValueError(
+            f"grad_fn: its loss has a collective, such as psum or pmean, over axis_name={axis_name!r}. "
+            f"jax.grad then may give {name}, at the devices' own params, but a part of the gradient. Use "
+            "nso_jax.value_and_grad(loss, ..., axis_name=...), which sees the loss, or pass "
+            "check_vma=False to shard_map."
+        )
+
+
+def combine_over_axis(
+    tree: PyTree, axis_name: AxisName | None, modes: PyTree = "mean", weight: Any = None
+) -> PyTree:
+    """Joins what the devices have: leaves of mode "mean" are averaged and those of mode "sum" summed.
+
+    Leaves of another mode, and those of mode "mean" that are not inexact, stay as they are on each device.
+    With a `weight`, a number for each device, means are weighted, and where it is 0 anything may stand.
+    """
     if axis_name is None:
         return tree
     leaves, treedef = jax.tree.flatten(tree)
-    inexact = [i for i, leaf in enumerate(leaves) if is_inexact(leaf)]
-    for i, mean in zip(inexact, jax.lax.pmean([leaves[i] for i in inexact], axis_name), strict=True):
+    mode_of = jax.tree.leaves(jax.tree.broadcast(modes, tree))
+    means = [i for i, leaf in enumerate(leaves) if mode_of[i] == "mean" and is_inexact(leaf)]
+    sums = [i for i, leaf in enumerate(leaves) if mode_of[i] == "sum"]
+    averaged = _weighted_mean([leaves[i] for i in means], axis_name, weight)
+    for i, mean in zip(means, averaged, strict=True):
         leaves[i] = mean
+    for i, total in zip(sums, jax.lax.psum([leaves[i] for i in sums], axis_name), strict=True):
+        leaves[i] = total
     return jax.tree.unflatten(treedef, leaves)
+
+
+def weighed(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """`weight * x`, and 0 where the weight is 0, even if x is not finite: a mean over no examples is not."""
+    return jnp.where(weight == 0, jnp.zeros((), x.dtype), weight.astype(x.dtype) * x)
+
+
+def _weighted_mean(leaves: list[jax.Array], axis_name: AxisName, weight: Any) -> list[jax.Array]:
+    if weight is None:
+        return jax.lax.pmean(leaves, axis_name)
+    wide = [noise.widen(x) for x in leaves]
+    total, sums = jax.lax.psum((weight, [weighed(x, weight) for x in wide]), axis_name)
+    return [(x / total.astype(x.dtype)).astype(leaf.dtype) for x, leaf in zip(sums, leaves, strict=True)]
+
+
+def _sums_over(axes: set[Hashable], jaxpr: Jaxpr, depends: list[bool]) -> bool:
+    """Whether an equation joins, over some of these axes, what depends on those inputs."""
+    dependent = {v for v, flag in zip(jaxpr.invars, depends, strict=True) if flag}
+    for equation in jaxpr.eqns:
+        flags = [not isinstance(v, Literal) and v in dependent for v in equation.invars]
+        if not any(flags):
+            continue
+        over = [equation.params.get(name, ()) for name in ("axes", "axis_name")]
+        if equation.primitive.name not in _VARYING and axes & {a for axis in over for a in as_tuple(axis)}:
+            return True
+        for inner in _inner(equation.params):
+            same = len(inner.invars) == len(flags)
+            if _sums_over(axes, inner, flags if same else [True] * len(inner.invars)):
+                return True
+        dependent.update(equation.outvars)
+    return False
+
+
+def _inner(parameters: dict[str, Any]) -> list[Jaxpr]:
+    """The jaxprs among the parameters of an equation: bodies of loops, branches, jitted functions."""
+    leaves = [x for value in parameters.values() for x in (value if isinstance(value, tuple) else (value,))]
+    return [
+        x.jaxpr if isinstance(x, ClosedJaxpr) else x for x in leaves if isinstance(x, ClosedJaxpr | Jaxpr)
+    ]
+
+
+def _own(x: Any, axes: tuple[Hashable, ...]) -> Any:
+    manual = jax.sharding.get_abstract_mesh().manual_axes  # along others, those of vmap, JAX tracks nothing
+    for axis in [axis for axis in axes if axis in manual]:
+        x = x if _varies(x, axis) else jax.lax.pcast(x, axis, to="varying")
+    return x
 
 
 def other_axes(key: jax.Array, axis_name: AxisName | None) -> list[Hashable]:

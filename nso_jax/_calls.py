@@ -8,14 +8,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from nso_jax._axes import own_loss
 from nso_jax._checks import (
     PyTree,
     check_inexact,
     check_loss,
     describe,
     dtype_of,
+    is_inexact,
     leaf_name,
 )
+from nso_jax.noise import widen
 
 Loss = Callable[[PyTree], tuple[jax.Array, PyTree]]
 Argnums = int | tuple[int, ...]
@@ -36,6 +39,8 @@ def bind(
 ) -> tuple[Loss, PyTree]:
     """`fun` as a function of the differentiated arguments alone, giving (loss, aux), and these arguments.
 
+    Along axes over which results are averaged the loss is each device's own: see `own_loss`.
+
     Raises:
       TypeError: one of their leaves is not inexact, or, once called, the loss is not a real scalar.
     """
@@ -43,7 +48,8 @@ def bind(
     check_inexact(params, f"argnums={argnums}")
 
     def loss(params: PyTree) -> tuple[jax.Array, PyTree]:
-        return as_loss(fun(*_replace(args, argnums, params), **kwargs), has_aux=has_aux)
+        value, aux_out = as_loss(fun(*_replace(args, argnums, params), **kwargs), has_aux=has_aux)
+        return own_loss(value), aux_out
 
     return loss, params
 
@@ -62,6 +68,22 @@ def as_loss(out: Any, *, has_aux: bool) -> tuple[jax.Array, PyTree]:
     returns_pair = isinstance(out, tuple) and not has_aux
     check_loss(value, " For a pair (loss, aux) set has_aux=True." if returns_pair else "")
     return value, aux_out
+
+
+def check_aux_modes(aux: PyTree, modes: tuple[str, ...]) -> None:
+    """Raises ValueError unless all leaves of `aux`, a prefix of an auxiliary output, are among the modes."""
+    for mode in jax.tree.leaves(aux):
+        if not isinstance(mode, str) or mode not in modes:
+            raise ValueError(
+                f"aux: expected {', '.join(map(repr, modes))}, or a pytree of them, got {mode!r}."
+            )
+
+
+def summed(stacks: list[jax.Array]) -> list[jax.Array]:
+    """The sums over the leading axes, in float32 or int32 at least; floats are rounded once."""
+    return [
+        jnp.sum(widen(x), axis=0).astype(x.dtype) if is_inexact(x) else jnp.sum(x, axis=0) for x in stacks
+    ]
 
 
 def cast_like(tree: PyTree, like: PyTree) -> PyTree:

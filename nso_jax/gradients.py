@@ -10,13 +10,14 @@ from nso_jax import _backend, noise
 from nso_jax._axes import (
     AxisName,
     check_axes,
+    combine_over_axis,
+    copies_along,
     leaf_specs,
     localize,
-    mean_over_axis,
     other_axes,
     shared,
 )
-from nso_jax._calls import as_argnums, bind, cast_like
+from nso_jax._calls import as_argnums, bind, cast_like, check_aux_modes, summed
 from nso_jax._checks import (
     PyTree,
     as_key,
@@ -31,6 +32,8 @@ from nso_jax._checks import (
 from nso_jax.noise import Sampler, Sigma
 
 __all__ = ["value_and_grad"]
+
+AUX_MODES = ("mean", "sum", "concatenate", "stack", "clean")
 
 Evaluate = Callable[[PyTree, jax.Array], tuple[PyTree, PyTree]]
 
@@ -83,14 +86,19 @@ def value_and_grad(
       has_aux: whether `fun` returns `(loss, aux)`.
       aux: what becomes of the auxiliary output. "mean" averages float leaves over the evaluations and
         takes the others from the first one, so batch statistics come out right to O(sigma^2) at no cost;
-        "stack" gives each leaf a leading axis in the order +1, -1, +2, -2, ...; "clean" spends a forward
-        pass at W and returns what it gave. A prefix pytree of the auxiliary output mixes them.
+        "sum" adds up the evaluations, for counts that are divided by one another; "concatenate" is for
+        leaves with an entry for each example: as "mean", but devices keep theirs; "stack" gives each leaf a
+        leading axis in the order +1, -1, +2, -2, ...; "clean" spends a forward pass at W and returns what it
+        gave. A prefix pytree of the auxiliary output mixes them.
       chunk_size: draws that are evaluated at once, by vmap; chunks follow one another, so memory grows with
         `chunk_size` and not with k. None is all draws at once on GPU and TPU and one at a time on CPU,
         where a vmapped evaluation costs 2 to 6 times a single one. With "rbg" keys the draws depend
         on it, as vmap over such keys does in JAX.
       axis_name: inside `shard_map`, `pmap` or `vmap` over that axis: everything stays local until one mean
-        over it, of value, gradients and auxiliary output ("stack" stays local).
+        over it, of value, gradients and auxiliary output ("sum" is summed; "stack", "concatenate" and what
+        has no mean stay local). So the loss is the mean of what `fun` returns on each device, which may have
+        collectives over the axis inside. Where devices have unequal numbers of examples or tokens, divide a
+        `jax.lax.psum` of the losses by one of the counts.
       independent_draws: with `axis_name`, whether each device folds its index into the key, so that D
         devices average k * D draws for the price of k.
       param_specs: inside a `shard_map` that splits the params over further axes: their partition specs, a
@@ -142,20 +150,21 @@ def value_and_grad(
     }
     check_options(**options)
     check_flag("has_aux", has_aux)
-    _check_aux_modes(aux)
+    check_aux_modes(aux, AUX_MODES)
 
     def value_and_grad_fn(key: jax.Array, /, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
         key = as_key(key)
         loss, params = bind(fun, args, kwargs, argnums, has_aux=has_aux)
         value_like, aux_like = jax.eval_shape(loss, params)
-        fates = _aux_fates(aux, aux_like)
+        modes = broadcast_prefix("aux", aux, aux_like)
+        fates = _fates(modes, aux_like)
 
         def evaluate(params: PyTree, _: Any) -> tuple[PyTree, PyTree]:
             (value, aux_out), grads = jax.value_and_grad(loss, has_aux=True)(params)
             leaves = _by_fate(aux_out, fates)
-            return (value, grads, leaves["mean"]), (leaves["first"], leaves["stack"])
+            return (value, grads, leaves["mean"]), (leaves["first"], leaves["sum"], leaves["stack"])
 
-        (value, grads, means), (firsts, stacks) = mean_over_draws(
+        (value, grads, means), (firsts, terms, stacks) = mean_over_draws(
             evaluate,
             key,
             params,
@@ -163,17 +172,20 @@ def value_and_grad(
             like=(value_like, params, _by_fate(aux_like, fates)["mean"]),
             **options,
         )
-        if not has_aux:
-            return value, grads
-        cleans = _by_fate(loss(params)[1], fates)["clean"] if "clean" in fates else []
         leaves = {
             "mean": iter(means),
             "first": iter([leaf[0] for leaf in firsts]),
+            "sum": iter(summed(terms)),
             "stack": iter(stacks),
-            "clean": iter(mean_over_axis(cleans, axis_name)),
+            "clean": iter(_by_fate(loss(params)[1], fates)["clean"] if "clean" in fates else []),
         }
-        aux_out = jax.tree.unflatten(jax.tree.structure(aux_like), [next(leaves[fate]) for fate in fates])
-        return (value, aux_out), grads
+        aux_out = [next(leaves[fate]) for fate in fates]
+        over_axis = ["mean" if mode == "clean" else mode for mode in modes]
+        (value, aux_out), grads = combine_over_axis(
+            ((value, aux_out), grads), axis_name, (("mean", over_axis), "mean")
+        )
+        aux_out = jax.tree.unflatten(jax.tree.structure(aux_like), aux_out)
+        return ((value, aux_out) if has_aux else value), grads
 
     return value_and_grad_fn
 
@@ -196,7 +208,7 @@ def mean_over_draws(
     independent_draws: bool,
     param_specs: PyTree,
 ) -> tuple[PyTree, PyTree]:
-    """The mean of `evaluate` over the draws: what `value_and_grad` and the optax adapter share.
+    """The mean of `evaluate` over a device's draws: what `value_and_grad` and the optax adapter share.
 
     Args:
       evaluate: `evaluate(params, i) -> (averaged, kept)` at perturbed params, i the evaluation's index in
@@ -212,7 +224,7 @@ def mean_over_draws(
       mask: the perturbed leaves.
       clean_weight: the share of `clean`.
       chunk_size: draws at once.
-      axis_name: mapped axes to average over.
+      axis_name: mapped axes along which the caller will average.
       independent_draws: whether devices along them draw for themselves.
       param_specs: how other mapped axes shard the params.
 
@@ -246,11 +258,12 @@ def mean_over_draws(
             kept.append(of_side)
         return total, jax.tree.map(lambda *sides: _merge_axes(jnp.stack(sides, axis=1)), *kept)
 
-    total, kept = _sum_over_chunks(add_chunk, num_samples, size)
-    mean = jax.tree.map(lambda x: x / (num_samples * len(signs)), total)
-    if not _is_zero(clean_weight):
-        mean = jax.tree.map(lambda c, x: _mix(clean_weight, c, x), clean(params), mean)
-    return mean_over_axis(cast_like(mean, like), axis_name), kept
+    with copies_along(axis_name):
+        total, kept = _sum_over_chunks(add_chunk, num_samples, size)
+        mean = jax.tree.map(lambda x: x / (num_samples * len(signs)), total)
+        if not _is_zero(clean_weight):
+            mean = jax.tree.map(lambda c, x: _mix(clean_weight, c, x), clean(params), mean)
+    return cast_like(mean, like), kept
 
 
 def check_options(
@@ -308,11 +321,10 @@ def _mix(weight: Any, clean: Any, noisy: jax.Array) -> jax.Array:
     return weight * noise.widen(clean) + (1 - weight) * noisy
 
 
-def _aux_fates(aux: PyTree, aux_like: PyTree) -> list[str]:
-    """For each leaf of the auxiliary output "mean", "stack", "clean" or, where it has no mean, "first"."""
-    modes = broadcast_prefix("aux", aux, aux_like)
+def _fates(modes: list[str], aux_like: PyTree) -> list[str]:
+    """What becomes of each leaf over the evaluations; "first" if it has no mean."""
     return [
-        "first" if mode == "mean" and not is_inexact(leaf) else mode
+        mode if mode not in ("mean", "concatenate") else "mean" if is_inexact(leaf) else "first"
         for mode, leaf in zip(modes, jax.tree.leaves(aux_like), strict=True)
     ]
 
@@ -321,15 +333,9 @@ def _by_fate(aux_out: PyTree, fates: list[str]) -> dict[str, list[Any]]:
     leaves = jax.tree.leaves(aux_out)
     return {
         fate: [leaf for leaf, of_leaf in zip(leaves, fates, strict=True) if of_leaf == fate]
-        for fate in ("mean", "first", "stack", "clean")
+        for fate in ("mean", "first", "sum", "stack", "clean")
     }
 
 
 def _is_zero(weight: Any) -> bool:
     return not isinstance(weight, jax.core.Tracer) and jax.device_get(weight) == 0
-
-
-def _check_aux_modes(aux: PyTree) -> None:
-    for mode in jax.tree.leaves(aux):
-        if not isinstance(mode, str) or mode not in ("mean", "stack", "clean"):
-            raise ValueError(f"aux: expected 'mean', 'stack' or 'clean', got {mode!r}.")

@@ -1,5 +1,6 @@
 """The averaged gradient for Flax NNX modules, whose state moves once per step and not once per evaluation."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,15 @@ from nso_jax import gradients, parallel
 from nso_jax._axes import AxisName
 from nso_jax._calls import as_loss
 from nso_jax._checks import PyTree, as_key
+from nso_jax._parts import (
+    Batch,
+    Weight,
+    batch_numbers,
+    join,
+    mean_over_parts,
+    microbatch_options,
+    select_batch,
+)
 
 
 def value_and_grad(
@@ -23,6 +33,10 @@ def value_and_grad(
     wrt: nnx.filterlib.Filter = nnx.Param,
     has_aux: bool = False,
     aux: PyTree = "mean",
+    mesh: jax.sharding.Mesh | None = None,
+    batch_argnums: int | Sequence[int] = (1,),
+    num_microbatches: int = 1,
+    weight: Weight | None = None,
     **options: Any,
 ) -> Callable[..., tuple[Any, nnx.State]]:
     """Like `nnx.value_and_grad`, of the loss smoothed by weight noise: see `nso_jax.value_and_grad`.
@@ -40,19 +54,29 @@ def value_and_grad(
       method: `nso_jax.value_and_grad`, or one of its rivals: `sharpness.sam`, `.usam`, `.asam`, `.rsam`.
       wrt: an NNX filter, the variables that are perturbed and differentiated; the same as the optimizer's.
       has_aux: whether `fun` returns `(loss, aux)`.
-      aux: "mean", "stack" or "clean", or a prefix pytree of them. "clean" takes the model's new state from
-        the forward pass at W too, as the authors' code does with batch statistics. The rivals do not have it.
+      aux: a mode of the method, such as "mean" or "sum", or a prefix pytree of them. "clean" takes the
+        model's new state from the forward pass at W too, as the authors' code does with batch statistics.
+      mesh: a mesh of devices, for plain `nnx.jit` on many of them: the same as
+        `nso_jax.parallel.value_and_grad`, which says what this does and what the next three are for. Each
+        device has batch statistics of its own examples, which are averaged, and dropout masks of its own.
+        The default, None, is for one device, or for your own `shard_map` with `axis_name`.
+      batch_argnums: with `mesh`, which arguments carry examples: 0 is the model, and 1, the default, what
+        follows it.
+      num_microbatches: with `mesh`, m parts of each device's examples. All start from the model's present
+        state, which moves once, to their mean. Without a mesh there is `microbatch`.
+      weight: with `mesh`, how much the loss of a device's part counts, a function of the arguments of `fun`.
       **options: the other arguments of the method but `argnums`, for `nso_jax.value_and_grad` `sigma`,
-        `num_samples`, `antithetic`, `sampler`, `mask`, `clean_weight`, `chunk_size`, `axis_name`,
-        `independent_draws`, `param_specs`. A prefix pytree, or a function to one, refers to
-        `nnx.state(model, wrt)`: noise for each layer is `sigma=nnx.State({"conv": 0.1, "head": 0.0})`.
+        `num_samples`, `antithetic`, `sampler`, `mask`, `clean_weight`, `chunk_size`, `axis_name` (with `mesh`
+        "data" by default), `independent_draws`, `param_specs`. A prefix pytree, or a function to one, refers
+        to `nnx.state(model, wrt)`: noise for each layer is `sigma=nnx.State({"conv": 0.1, "head": 0.0})`.
 
     Returns:
       `fn(key, model, *args, **kwargs)`, returning `(value, grads)`, or `((value, aux), grads)` if `has_aux`.
       `grads` is an `nnx.State`, ready for `nnx.Optimizer.update(model, grads)`; `model` is updated in place.
 
     Raises:
-      TypeError: as the method, or `argnums` is given, or `aux` to a rival.
+      TypeError: as the method, `argnums` is given, `method` is for a mesh by itself, or arguments for a mesh
+        are given without one.
       ValueError: as the method, `wrt` selects nothing, or `fun` adds or removes variables.
 
     Example:
@@ -71,7 +95,9 @@ def value_and_grad(
     """
     if "argnums" in options:
         raise TypeError("argnums: the model is the first argument; choose its variables with wrt.")
+    _check_mesh(method, mesh, num_microbatches, weight)
     in_wrt = nnx.filterlib.to_predicate(wrt)
+    argnums = batch_numbers(batch_argnums) if mesh is not None else ()
 
     def is_differentiated(path: tuple[Any, ...], value: Any) -> bool:
         return path[0] == 0 and in_wrt(path[1:], value)
@@ -79,26 +105,35 @@ def value_and_grad(
     def split(arguments: PyTree) -> Any:
         return nnx.split(arguments, is_differentiated, ...)
 
-    def loss(params: nnx.State, graphdef: Any, rest: nnx.State) -> tuple[Any, PyTree]:
+    def merged(params: nnx.State, graphdef: Any, rest: nnx.State) -> Any:
         # tree.map copies the variables, so that no evaluation sees what another did to them
-        copies = nnx.merge(graphdef, nnx.State({0: params}), jax.tree.map(lambda x: x, rest))
+        return nnx.merge(graphdef, nnx.State({0: params}), jax.tree.map(lambda x: x, rest))
+
+    def loss(params: nnx.State, graphdef: Any, rest: nnx.State, batch: Batch) -> tuple[Any, PyTree]:
+        copies = merged(params, graphdef, rest)
         model, args, kwargs = copies
-        value, aux_out = as_loss(fun(model, *args, **kwargs), has_aux=has_aux)
+        value, aux_out = as_loss(fun(*join([model, *args], batch), **kwargs), has_aux=has_aux)
         return value, (aux_out, _moved(rest, split(copies)[2]))
 
-    if method is gradients.value_and_grad:
+    def weight_of(params: nnx.State, graphdef: Any, rest: nnx.State, batch: Batch) -> Any:
+        model, args, kwargs = merged(params, graphdef, rest)
+        return weight(*join([model, *args], batch), **kwargs)  # type: ignore[misc]  # called if it is one
+
+    if aux != "mean":
         options["aux"] = (aux, "clean" if aux == "clean" else "mean")
-    elif aux != "mean":
-        raise TypeError(f"aux: {aux!r} is for nso_jax.value_and_grad; the other methods give that at W.")
-    averaged = method(loss, has_aux=True, **options)
+    if mesh is not None:
+        options |= {"mesh": mesh, "method": method, "batch_argnums": 3, "num_microbatches": num_microbatches}
+        options |= {"weight": weight_of if weight else None}
+    averaged = (method if mesh is None else parallel.value_and_grad)(loss, has_aux=True, **options)
 
     def value_and_grad_fn(key: jax.Array, /, model: Any, *args: Any, **kwargs: Any) -> tuple[Any, nnx.State]:
         key = as_key(key)
-        arguments = (model, args, kwargs)
+        (_, *fixed), batch = select_batch((model, *args), argnums, 1)
+        arguments = (model, fixed, kwargs)
         graphdef, selected, rest = split(arguments)
         if not selected:
             raise ValueError(f"wrt: {wrt!r} selects no variable of the {type(model).__name__}.")
-        (value, (aux_out, moved)), grads = averaged(key, selected[0], graphdef, rest)
+        (value, (aux_out, moved)), grads = averaged(key, selected[0], graphdef, rest, batch)
         nnx.update(arguments, _only(rest, moved))
         return ((value, aux_out) if has_aux else value), grads
 
@@ -110,12 +145,16 @@ def microbatch(
     num_microbatches: int,
     *,
     batch_argnums: int | Sequence[int] = (1,),
+    weight: Weight | None = None,
+    aux: PyTree = "mean",
     axis_name: AxisName | None = None,
     independent_draws: bool = True,
 ) -> Callable[..., PyTree]:
     """`nso_jax.parallel.microbatch` for functions of NNX modules, whose state moves with each part.
 
-        g = 1/m sum_i g(key_i, model after i parts, part i),    key_i = jax.random.split(key, m)[i]
+        g = sum_i w_i g(key_i, model after i parts, part i) / sum_i w_i
+
+    with `key_i = jax.random.split(key, m)[i]`.
 
     It is as if `fn` were called with one part of the batch after another: dropout masks are new in each,
     and batch statistics, each of B/m examples, move m times.
@@ -125,6 +164,9 @@ def microbatch(
       num_microbatches: m, a static int >= 1.
       batch_argnums: which arguments carry examples along the leading axis of every leaf: 0 is the model,
         and 1, the default, what follows it.
+      weight: w, how much the loss of a part counts, a function of the arguments of `fn` without the key, as
+        in `nso_jax.parallel.microbatch`. A part of weight 0 does not move the statistics either.
+      aux: what becomes of auxiliary output, as in `nso_jax.parallel.microbatch`.
       axis_name: inside `shard_map` or `pmap`: axes to average over, once, in the end; leave it out of `fn`.
       independent_draws: with `axis_name`, whether each device folds its index into the key.
 
@@ -148,42 +190,69 @@ def microbatch(
       >>> grads["kernel"].shape
       (3, 1)
     """
-    argnums = parallel.check_microbatch(
-        fn, num_microbatches, batch_argnums, axis_name, independent_draws=independent_draws
+    options = microbatch_options(
+        fn,
+        num_microbatches,
+        weight=weight,
+        aux=aux,
+        axis_name=axis_name,
+        independent_draws=independent_draws,
     )
+    argnums = batch_numbers(batch_argnums)
 
     def microbatched(key: jax.Array, /, *args: Any, **kwargs: Any) -> PyTree:
-        fixed, batch = parallel.select_batch(args, argnums, num_microbatches)
+        fixed, batch = select_batch(args, argnums, num_microbatches)
         arguments = (fixed, kwargs)
         graphdef, variables, values = nnx.split(arguments, nnx.Variable, ...)  # type: ignore[misc]  # flax types it so
 
-        def evaluate(
-            key: jax.Array, examples: Any, others: Any, moved: list[Any]
-        ) -> tuple[PyTree, list[Any]]:
+        def merged(others: Any, moved: list[Any]) -> tuple[list[Any], dict[str, Any]]:
             variables, values = others
             copies = jax.tree.map(lambda x: x, nnx.merge_state(variables, _only(variables, moved)))
             fixed, kwargs = nnx.merge(graphdef, copies, values)
-            out = fn(key, *parallel.join(fixed, examples), **kwargs)
-            return out, _moved(variables, nnx.split((fixed, kwargs), nnx.Variable, ...)[1])
+            return fixed, kwargs
+
+        def evaluate(
+            _: Any, key: jax.Array, examples: Any, others: Any, moved: list[Any]
+        ) -> tuple[PyTree, list[Any]]:
+            fixed, kwargs = merged(others, moved)
+            out = fn(key, *join(fixed, examples), **kwargs)
+            return out, _moved(others[0], nnx.split((fixed, kwargs), nnx.Variable, ...)[1])
+
+        def weight_of(examples: Any, others: Any) -> Any:
+            fixed, kwargs = merged(others, still)
+            return weight(*join(fixed, examples), **kwargs) if weight else None
 
         key, others = as_key(key), (variables, values)
         present = [variable for _, variable in nnx.to_flat_state(variables)]
         still = [None] * len(present)
-        moving = jax.eval_shape(lambda: evaluate(key, batch, others, still)[1])
-        mean, moved = parallel.mean_over_parts(
+        moving = jax.eval_shape(lambda: evaluate(0, key, batch, others, still)[1])
+        mean, moved = mean_over_parts(
             evaluate,
             key,
             batch,
             others,
             [None if new is None else old for old, new in zip(present, moving, strict=True)],
-            count=num_microbatches,
-            axis_name=axis_name,
-            independent_draws=independent_draws,
+            **options | {"weight": weight_of if weight else None},
         )
         nnx.update(arguments, _only(variables, moved))
         return mean
 
     return microbatched
+
+
+def _check_mesh(method: Any, mesh: Any, num_microbatches: Any, weight: Any) -> None:
+    while isinstance(method, functools.partial):
+        method = method.func
+    if method is parallel.value_and_grad:
+        raise TypeError(
+            "method: nso_jax.parallel.value_and_grad would not see which arguments carry examples; give mesh "
+            "to nso_jax.nnx.value_and_grad instead."
+        )
+    if mesh is None and (weight is not None or num_microbatches != 1):
+        raise TypeError(
+            "num_microbatches and weight: they need mesh; without one split the batch with "
+            "nso_jax.nnx.microbatch."
+        )
 
 
 def _moved(before: nnx.State, after: nnx.State) -> list[Any]:

@@ -3,29 +3,26 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nso_jax import _backend, gradients, noise
-from nso_jax._axes import AxisName, check_axes, localize, mean_over_axis
-from nso_jax._calls import as_argnums
-from nso_jax._checks import (
-    PyTree,
-    as_key,
-    broadcast_prefix,
-    check_count,
-    check_flag,
-    check_function,
-    describe,
-    is_inexact,
+from nso_jax import gradients, noise
+from nso_jax._axes import AxisName, check_axes
+from nso_jax._checks import PyTree, as_key, broadcast_prefix, check_function, describe, is_inexact
+from nso_jax._parts import (
+    Batch,
+    Weight,
+    batch_numbers,
+    call_on_parts,
+    fold_keys,
+    microbatch_options,
+    select_batch,
 )
 
 __all__ = ["microbatch", "value_and_grad"]
-
-Batch = dict[int, PyTree]  # arguments that carry examples, by their numbers
 
 
 def microbatch(
@@ -33,21 +30,24 @@ def microbatch(
     num_microbatches: int,
     *,
     batch_argnums: int | Sequence[int] = (1,),
+    weight: Weight | None = None,
+    aux: PyTree = "mean",
     axis_name: AxisName | None = None,
     independent_draws: bool = True,
 ) -> Callable[..., PyTree]:
     """Splits the batch into m parts, each with noise of its own, and averages what `fn` gives for them.
 
-        g = 1/m sum_i g(key_i, W, part i),    key_i = jax.random.split(key, m)[i]
+        g = sum_i w_i g(key_i, W, part i) / sum_i w_i,    key_i = jax.random.split(key, m)[i]
 
     The cost in FLOPs is that of one `fn` for the whole batch. The variance that the noise gives the estimate
     is divided by m, or by less where the parts' examples differ in what noise does to them; the memory for
     activations is divided by m, as the parts follow one another.
 
-    A loss that is a mean over examples is the mean over parts of the same size. One that is not, like a
-    weighted mean or one with batch normalization, becomes the mean of what each part gives by itself: batch
-    statistics are those of B/m examples, so keep parts at the batch size that the network was tuned for, 32
-    or more. For NNX modules, whose state moves with each part, there is `nso_jax.nnx.microbatch`.
+    A loss that is a mean over examples is the mean over parts of the same size. One over tokens, or over the
+    examples that a mask leaves, is the mean weighted by how many each part has: say so with `weight`. Batch
+    normalization has the statistics of B/m examples, so keep parts at the batch size that the network was
+    tuned for, 32 or more. For NNX modules, whose state moves with each part, there is
+    `nso_jax.nnx.microbatch`.
 
     Args:
       fn: `fn(key, *args, **kwargs)`, a function of this library such as `nso_jax.value_and_grad` gives, or
@@ -55,19 +55,29 @@ def microbatch(
       num_microbatches: m, a static int >= 1; with 1, `fn` gets the key and the batch as they are.
       batch_argnums: which of `args` carry examples along the leading axis of every leaf, counted as for
         `fun`: 0 is the params and 1, the default, what follows them. Part i has the examples i, i + m,
-        i + 2m, ..., so that a batch sharded over devices stays on them. Keyword arguments are never split,
-        and a dropout key among the others is the same for all parts.
-      axis_name: inside `shard_map` or `pmap`: axes to average over, once, in the end. Leave it out of `fn`,
-        which would average after each part.
+        i + 2m, ..., so that a batch sharded over devices stays on them. Keyword arguments are never split.
+        Of a typed PRNG key among the others, as for dropout, part i gets `jax.random.fold_in(key, i)`.
+      weight: w, how much the loss of a part counts: a function of the arguments of `fn` without the key, such
+        as `lambda params, x, mask: mask.sum()` for a loss that divides by that count. A part of weight 0 does
+        not count at all, whatever it gives. The default, None, counts all parts alike.
+      aux: for an `fn` that returns `((value, aux), grads)`, what becomes of its auxiliary output: "mean" as
+        for all else; "sum" adds up the parts, for counts and numbers of correct predictions; "concatenate"
+        puts the entries of the examples in the order of the batch. A prefix pytree of it mixes them. For
+        "stack" and "clean", which an `fn` of `nso_jax.value_and_grad` may have been given, it is "mean".
+      axis_name: inside `shard_map` or `pmap`: axes to average over, once, in the end; "sum" sums over them,
+        and what is concatenated stays on its device. Leave it out of `fn`, which would average after each
+        part.
       independent_draws: with `axis_name`, whether each device folds its index into the key.
 
     Returns:
       A function with the arguments of `fn` that returns what `fn` does: inexact leaves are averaged, in
-      float32 at least, and others are those of the first part.
+      float32 at least, and others are those of the first part, where `aux` says nothing else. Parts that all
+      have weight 0 give NaN.
 
     Raises:
       TypeError: an argument has the wrong type, or a batch argument is missing or has no leading axis.
-      ValueError: m is below 1 or does not divide the batch, or the leaves of the batch differ in length.
+      ValueError: m is below 1 or does not divide the batch, the leaves of the batch differ in length, `aux`
+        is unknown, or a leaf to concatenate has not one entry for each example.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -78,30 +88,29 @@ def microbatch(
       >>> value, grad = jax.jit(fn)(jax.random.key(0), jnp.ones(3), jnp.ones((32, 3)))
       >>> grad.shape
       (3,)
+
+      A mean over the examples that a mask leaves, 1 of the first part and 4 of the second:
+
+      >>> masked = lambda w, x, mask: jnp.sum(mask * (x @ w) ** 2) / jnp.sum(mask)
+      >>> x, mask = jnp.arange(8.0)[:, None], jnp.array([1.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0])
+      >>> fn = nso_jax.value_and_grad(masked, sigma=0.0)
+      >>> fn = parallel.microbatch(fn, 2, batch_argnums=(1, 2), weight=lambda w, x, mask: mask.sum())
+      >>> print(fn(jax.random.key(0), jnp.ones(1), x, mask)[0])  # (0 + 1 + 9 + 25 + 49) / 5
+      16.8
     """
-    argnums = check_microbatch(
-        fn, num_microbatches, batch_argnums, axis_name, independent_draws=independent_draws
+    options = microbatch_options(
+        fn,
+        num_microbatches,
+        weight=weight,
+        aux=aux,
+        axis_name=axis_name,
+        independent_draws=independent_draws,
     )
+    argnums = batch_numbers(batch_argnums)
 
     def microbatched(key: jax.Array, /, *args: Any, **kwargs: Any) -> PyTree:
-        def evaluate(
-            key: jax.Array, examples: PyTree, others: PyTree, state: PyTree
-        ) -> tuple[PyTree, PyTree]:
-            fixed, kwargs = others
-            return fn(key, *join(fixed, examples), **kwargs), state
-
         fixed, batch = select_batch(args, argnums, num_microbatches)
-        mean, _ = mean_over_parts(
-            evaluate,
-            as_key(key),
-            batch,
-            (fixed, kwargs),
-            (),
-            count=num_microbatches,
-            axis_name=axis_name,
-            independent_draws=independent_draws,
-        )
-        return mean
+        return call_on_parts(fn, as_key(key), fixed, batch, kwargs, **options)
 
     return microbatched
 
@@ -114,38 +123,54 @@ def value_and_grad(
     axis_name: AxisName = "data",
     batch_argnums: int | Sequence[int] = (1,),
     num_microbatches: int = 1,
+    weight: Weight | None = None,
+    aux: PyTree = "mean",
     independent_draws: bool = True,
     **options: Any,
 ) -> Callable[..., tuple[Any, PyTree]]:
     """Like `nso_jax.value_and_grad`, for plain `jax.jit` on many devices: one all-reduce per step, for any k.
 
-        g = 1/D sum_d g(fold_in(key, d), W, the examples of device d)
+        g = sum_d w_d g(fold_in(key, d), W, the examples of device d) / sum_d w_d
 
     Left to itself, the compiler sums the gradients of each of the 2k evaluations over the devices. Here a
     `shard_map` over `axis_name` keeps them local until one mean in the end, and each device draws for
     itself: the estimate averages k * D draws for the price of k. Other axes of the mesh stay the compiler's:
     params may be sharded over them, and get the noise that they would get on one device.
 
+    Outside a jit it is compiled once for arguments of the same form, as by `jax.jit`: what `fun` closes over
+    is as it was then.
+
     Args:
       fun: as in `nso_jax.value_and_grad`. It sees the examples of one device, so batch normalization has
-        statistics per device; a loss should be a mean over examples.
+        statistics per device. It may have collectives over `axis_name` inside.
       mesh: the mesh of devices, as of `jax.make_mesh`.
       method: `nso_jax.value_and_grad`, or one of its rivals in `nso_jax.sharpness`, with which each device
-        climbs the loss of its own examples.
+        climbs the loss of its own examples, or with `global_ascent=True` all climb together. NNX modules have
+        `nso_jax.nnx.value_and_grad(..., mesh=mesh)`.
       axis_name: its axis, or axes, over which the batch is sharded; params are not.
-      batch_argnums: which arguments of `fun` carry examples along the leading axis of every leaf.
+      batch_argnums: which arguments of `fun` carry examples along the leading axis of every leaf. Of a typed
+        PRNG key among the others, as for dropout, device d gets `jax.random.fold_in(key, d)` if
+        `independent_draws`; of a legacy one all get the same.
       num_microbatches: m, parts that each device splits its examples into, with fresh noise for each; see
         `microbatch`.
+      weight: how much the loss of a device, or of a part, counts, a function of the arguments of `fun`; see
+        `microbatch`. For a loss over padded batches, `lambda params, x, mask: mask.sum()`. The default, None,
+        counts all alike.
+      aux: what becomes of auxiliary output. Over the evaluations it is as in `nso_jax.value_and_grad`. Over
+        devices and microbatches "sum" adds up, "concatenate" puts the entries of the examples in the order of
+        the batch, sharded as it is, and all others average.
       independent_draws: whether each device folds its index into the key.
       **options: the other arguments of the method, such as `sigma`.
 
     Returns:
       `fn(key, *args, **kwargs)` as of `nso_jax.value_and_grad`, its results the same on all devices along
-      `axis_name`: inexact leaves averaged, others those of the first device.
+      `axis_name` but for what is concatenated: inexact leaves averaged, others those of the first device,
+      where `aux` says nothing else.
 
     Raises:
-      TypeError: as the method and `microbatch`, or `mesh` is not a mesh.
-      ValueError: as there, `axis_name` is not in the mesh, or the devices do not divide the batch.
+      TypeError: as the method and `microbatch`, `mesh` is not a mesh, or `method` is that of `nso_jax.nnx`.
+      ValueError: as there, `axis_name` is not in the mesh, the devices do not divide the batch, or `weight`
+        is given with `global_ascent`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -157,158 +182,94 @@ def value_and_grad(
       >>> grad.shape
       (3,)
     """
-    check_function("method", method)
+    _check_method(method, weight, options)
     axes = _mesh_axes(mesh, axis_name)
     num_devices = math.prod(mesh.shape[axis] for axis in axes)
     argnums = batch_numbers(batch_argnums)
-    local = microbatch(
-        method(fun, **options),
+    together = bool(options.get("global_ascent"))  # then the method itself averages over the devices
+    has_aux = bool(options.get("has_aux"))
+    aux = aux if has_aux else "mean"
+    options |= {} if aux == "mean" else {"aux": aux}
+    options |= {"axis_name": axes} if together else {}
+    local = method(fun, **options)
+    on_parts = microbatch_options(
+        local,
         num_microbatches,
-        batch_argnums=argnums,
-        axis_name=axes,
+        weight=weight,
+        aux=aux,
+        axis_name=None if together else axes,
         independent_draws=independent_draws,
     )
 
-    def value_and_grad_fn(key: jax.Array, /, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
-        key = as_key(key)
-        fixed, batch = select_batch(args, argnums, num_microbatches, num_devices)
-        of_leaves = broadcast_prefix("batch", (jax.P(), jax.P(), jax.P(axes)), (fixed, kwargs, batch))
-        leaves, treedef = jax.tree.flatten((fixed, kwargs, batch))
-        arrays = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array | np.ndarray)}
-        specs = {i: of_leaves[i] for i in arrays}
-
+    def new_program(form: _Form) -> Callable[..., tuple[Any, PyTree]]:
         def on_device(key: jax.Array, arrays: dict[int, jax.Array]) -> PyTree:
-            # Python values among the arguments stay what they are.
-            present = [arrays.get(i, leaf) for i, leaf in enumerate(leaves)]
-            fixed, kwargs, batch = jax.tree.unflatten(treedef, present)
-            out = local(key, *join(fixed, batch), **kwargs)
-            return jax.tree.map(functools.partial(_from_first, axis_name=axes), out)
+            fixed, kwargs, batch = form.joined(arrays)
+            if independent_draws:
+                fixed, kwargs = fold_keys((fixed, kwargs), jax.lax.axis_index(axes))
+            out = call_on_parts(local, key, fixed, batch, kwargs, **on_parts)
+            return _from_first(out, axes, on_parts["modes"])
 
+        specs = jax.tree.map(lambda mode: jax.P(axes) if mode == "concatenate" else jax.P(), aux)
         mapped = jax.shard_map(
             on_device,
             mesh=mesh,
             axis_names=set(axes),
-            in_specs=(jax.P(), specs),
-            out_specs=jax.P(),
+            in_specs=(jax.P(), form.specs(axes)),
+            out_specs=((jax.P(), specs), jax.P()) if has_aux else jax.P(),
             check_vma=False,  # else a loss that scans from zeros, the same on all devices, would fail
         )
         # Outside a jit, shard_map over some of the axes only does not work without check_vma.
-        return jax.jit(mapped)(key, _resharded(arrays, mesh, axes, specs))
+        return jax.jit(mapped)
+
+    kept_program = functools.lru_cache(maxsize=16)(new_program)
+
+    def value_and_grad_fn(key: jax.Array, /, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
+        key = as_key(key)
+        fixed, batch = select_batch(args, argnums, num_microbatches, num_devices)
+        form, arrays = _taken_apart(fixed, kwargs, batch)
+        # Within a trace it is compiled with what is around it, and what `fun` closes over may belong there.
+        keep = form.is_hashable and not any(isinstance(x, jax.core.Tracer) for x in [key, *arrays.values()])
+        program = (kept_program if keep else new_program)(form)
+        return program(key, _resharded(arrays, mesh, axes, form.specs(axes)))
 
     return value_and_grad_fn
 
 
-def mean_over_parts(
-    evaluate: Callable[[jax.Array, Batch, PyTree, PyTree], tuple[PyTree, PyTree]],
-    key: jax.Array,
-    batch: Batch,
-    others: PyTree,
-    state: PyTree,
-    *,
-    count: int,
-    axis_name: AxisName | None,
-    independent_draws: bool,
-) -> tuple[PyTree, PyTree]:
-    """The mean of `out, state = evaluate(key_i, part i of the batch, others, state)`, and the last state.
+class _Form(NamedTuple):
+    """The arguments of a loss without their arrays."""
 
-    Leaves of `out` that are not inexact are those of the first part.
-    """
-    (batch, others, state), key = localize(
-        (batch, others, state), key, axis_name, independent_draws=independent_draws
-    )
-    if count == 1:
-        return mean_over_axis(evaluate(key, batch, others, state), axis_name)
-    keys = jax.random.split(key, count)
+    treedef: Any
+    of_batch: tuple[bool, ...]  # for each leaf
+    values: tuple[tuple[int, type, Any], ...]  # Python values, which stay what they are; 1 is not True
 
-    def part(i: Any) -> Batch:
-        def examples(x: Any) -> jax.Array:
-            interleaved = jnp.reshape(x, (x.shape[0] // count, count, *x.shape[1:]))
-            return jax.lax.dynamic_index_in_dim(interleaved, i, axis=1, keepdims=False)
+    @property
+    def is_hashable(self) -> bool:
+        try:
+            hash(self)
+        except TypeError:
+            return False
+        return True
 
-        return jax.tree.map(examples, batch)
+    def specs(self, axes: tuple[Any, ...]) -> dict[int, jax.P]:
+        """The partition specs of the arrays."""
+        values = {i for i, _, _ in self.values}
+        return {
+            i: jax.P(axes) if flag else jax.P() for i, flag in enumerate(self.of_batch) if i not in values
+        }
 
-    def add(carry: tuple[list[jax.Array], PyTree], i: Any) -> Any:
-        total, state = carry
-        out, state = evaluate(keys[i], part(i), others, state)
-        means, firsts = _split_inexact(jax.tree.leaves(out))
-        total = [so_far + noise.widen(x) for so_far, x in zip(total, means, strict=True)]
-        return (total, state), firsts
-
-    like, _ = jax.eval_shape(lambda: evaluate(keys[0], part(0), others, state))
-    leaves, treedef = jax.tree.flatten(like)
-    zeros = [noise.widen(jnp.zeros_like(leaf)) for leaf in _split_inexact(leaves)[0]]
-    (total, state), kept = _backend.loop(add, (zeros, state), count)
-    means, firsts = iter(total), iter(kept)
-    out = [
-        (next(means) / count).astype(leaf.dtype) if is_inexact(leaf) else next(firsts)[0] for leaf in leaves
-    ]
-    return mean_over_axis((jax.tree.unflatten(treedef, out), state), axis_name)
+    def joined(self, arrays: dict[int, jax.Array]) -> Any:
+        """The arguments with these arrays."""
+        leaves = arrays | {i: value for i, _, value in self.values}
+        return jax.tree.unflatten(self.treedef, [leaves[i] for i in range(len(leaves))])
 
 
-def check_microbatch(
-    fn: Any,
-    num_microbatches: Any,
-    batch_argnums: int | Sequence[int],
-    axis_name: Any,
-    *,
-    independent_draws: Any,
-) -> tuple[int, ...]:
-    """The batch's argnums as a tuple; raises TypeError or ValueError if `microbatch` cannot work."""
-    check_function("fn", fn, "a function fn(key, *args)")
-    check_count("num_microbatches", num_microbatches)
-    check_axes(axis_name)
-    check_flag("independent_draws", independent_draws)
-    return batch_numbers(batch_argnums)
-
-
-def batch_numbers(batch_argnums: int | Sequence[int]) -> tuple[int, ...]:
-    """The batch's argnums as a tuple."""
-    numbers = as_argnums("batch_argnums", batch_argnums)
-    return numbers if isinstance(numbers, tuple) else (numbers,)
-
-
-def select_batch(
-    args: tuple[Any, ...], argnums: tuple[int, ...], num_microbatches: int, num_devices: int = 1
-) -> tuple[list[Any], Batch]:
-    """The arguments with None for those of the batch, and these, checked, by their numbers."""
-    for i in argnums:
-        if not -len(args) <= i < len(args):
-            raise TypeError(f"batch_argnums: {i} is out of range, got {len(args)} arguments after the key.")
-    batch = {i % len(args): args[i] for i in argnums}
-    counts = {"microbatches": num_microbatches, "devices": num_devices}
-    _check_divides(
-        num_microbatches * num_devices,
-        " times ".join(f"{count} {name}" for name, count in counts.items() if count > 1),
-        batch,
-    )
-    return [None if i in batch else arg for i, arg in enumerate(args)], batch
-
-
-def join(fixed: list[Any], batch: Batch) -> list[Any]:
-    """The arguments that `select_batch` took apart."""
-    return [batch.get(i, arg) for i, arg in enumerate(fixed)]
-
-
-def _check_divides(count: int, of_what: str, batch: Batch) -> None:
-    """Raises unless all leaves of the batch have one length, a multiple of `count`."""
-    sizes = {}
-    for path, leaf in jax.tree.leaves_with_path(batch):
-        where = f"args{jax.tree_util.keystr(path)}"
-        if not jnp.ndim(leaf):
-            raise TypeError(
-                f"batch_argnums: {where} is {describe(leaf)}, without a leading axis of examples; pass it "
-                "as another argument or by keyword."
-            )
-        sizes[where] = jnp.shape(leaf)[0]
-    if len(set(sizes.values())) > 1:
-        listed = ", ".join(f"{where} has {size}" for where, size in sizes.items())
-        raise ValueError(f"batch_argnums: all leaves need the same number of examples, but {listed}.")
-    for where, size in sizes.items():
-        if size % count:
-            raise ValueError(
-                f"batch_argnums: {where} has {size} examples, which {of_what} do not divide; drop "
-                f"the last {size % count} or add {count - size % count}."
-            )
+def _taken_apart(fixed: list[Any], kwargs: dict[str, Any], batch: Batch) -> tuple[_Form, dict[int, Any]]:
+    """The arguments as their form and their arrays."""
+    leaves, treedef = jax.tree.flatten((fixed, kwargs, batch))
+    arrays = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array | np.ndarray)}
+    of_batch = broadcast_prefix("batch", (False, False, True), (fixed, kwargs, batch))
+    values = tuple((i, type(leaf), leaf) for i, leaf in enumerate(leaves) if i not in arrays)
+    return _Form(treedef, tuple(of_batch), values), arrays
 
 
 def _resharded(tree: PyTree, mesh: Any, axes: tuple[Any, ...], specs: PyTree) -> PyTree:
@@ -323,24 +284,40 @@ def _resharded(tree: PyTree, mesh: Any, axes: tuple[Any, ...], specs: PyTree) ->
     return jax.tree.map(place, tree, specs)
 
 
-def _split_inexact(leaves: list[Any]) -> tuple[list[Any], list[Any]]:
-    flags = [is_inexact(leaf) for leaf in leaves]
-    return (
-        [leaf for leaf, flag in zip(leaves, flags, strict=True) if flag],
-        [leaf for leaf, flag in zip(leaves, flags, strict=True) if not flag],
+def _from_first(tree: PyTree, axis_name: AxisName, modes: PyTree) -> PyTree:
+    """What the first device has, for leaves that have no mean; the others are the same on all devices."""
+
+    def from_first(x: jax.Array) -> jax.Array:
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(from_first(jax.random.key_data(x)), impl=jax.random.key_impl(x))
+        own = jnp.where(jax.lax.axis_index(axis_name) == 0, x, jnp.zeros_like(x))
+        return jax.lax.psum(own.astype(jnp.int32) if x.dtype == bool else own, axis_name).astype(x.dtype)
+
+    leaves, treedef = jax.tree.flatten(tree)
+    mode_of = broadcast_prefix("aux", modes, tree)
+    return jax.tree.unflatten(
+        treedef,
+        [
+            x if is_inexact(x) or mode in ("sum", "concatenate") else from_first(x)
+            for x, mode in zip(leaves, mode_of, strict=True)
+        ],
     )
 
 
-def _from_first(x: jax.Array, axis_name: AxisName) -> jax.Array:
-    """What the first device has, for leaves that have no mean; the others are the same on all devices."""
-    if is_inexact(x):
-        return x
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        return jax.random.wrap_key_data(
-            _from_first(jax.random.key_data(x), axis_name), impl=jax.random.key_impl(x)
+def _check_method(method: Any, weight: Any, options: dict[str, Any]) -> None:
+    check_function("method", method)
+    while isinstance(method, functools.partial):
+        method = method.func
+    if getattr(method, "__module__", "") == "nso_jax.nnx":
+        raise TypeError(
+            "method: NNX modules have state of their own, which this would lose; call "
+            "nso_jax.nnx.value_and_grad(fun, ..., mesh=mesh) instead."
         )
-    own = jnp.where(jax.lax.axis_index(axis_name) == 0, x, jnp.zeros_like(x))
-    return jax.lax.psum(own.astype(jnp.int32) if x.dtype == bool else own, axis_name).astype(x.dtype)
+    if weight is not None and options.get("global_ascent"):
+        raise ValueError(
+            "weight: with global_ascent devices climb the mean of their losses; let fun divide a "
+            "jax.lax.psum of its losses by one of its counts, over axis_name, and leave weight out."
+        )
 
 
 def _mesh_axes(mesh: Any, axis_name: AxisName) -> tuple[Any, ...]:

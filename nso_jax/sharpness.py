@@ -17,12 +17,22 @@ from nso_jax import noise
 from nso_jax._axes import (
     AxisName,
     check_axes,
+    check_own_gradients,
+    combine_over_axis,
+    copies_along,
     leaf_specs,
     localize,
-    mean_over_axis,
     other_axes,
 )
-from nso_jax._calls import as_argnums, bind, cast_like, check_like_params, check_update_arguments
+from nso_jax._calls import (
+    as_argnums,
+    bind,
+    cast_like,
+    check_aux_modes,
+    check_like_params,
+    check_update_arguments,
+    summed,
+)
 from nso_jax._checks import (
     PyTree,
     as_key,
@@ -39,6 +49,8 @@ from nso_jax._checks import (
 )
 from nso_jax.noise import Sampler, Sigma
 
+AUX_MODES = ("mean", "sum", "concatenate")
+
 Leaves = list[jax.Array]
 Norm = Callable[[Leaves], jax.Array]
 # The step up for rho = 1, from the weights, the direction to climb and the norm to measure with.
@@ -52,6 +64,7 @@ def sam(
     mask: PyTree = None,
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
+    aux: PyTree = "mean",
     axis_name: AxisName | None = None,
     global_ascent: bool = False,
     param_specs: PyTree = None,
@@ -71,7 +84,11 @@ def sam(
         still get gradients, and do not count in the norm. The default is all of them.
       argnums: which positional arguments of `fun` to differentiate, as in `jax.value_and_grad`.
       has_aux: whether `fun` returns `(loss, aux)`.
-      axis_name: inside `shard_map`, `pmap` or `vmap` over that axis: results are averaged over it.
+      aux: what `axis_name` does to auxiliary output: "mean" averages float leaves, "sum" adds up, and with
+        "concatenate", for leaves with an entry for each example, devices keep theirs. A prefix pytree of the
+        auxiliary output mixes them.
+      axis_name: inside `shard_map`, `pmap` or `vmap` over that axis: results are averaged over it. The loss
+        is the mean of what `fun` returns on each device, which may have collectives over the axis inside.
       global_ascent: with `axis_name`, whether all devices climb together, along the mean of their gradients,
         for one more all-reduce. By default each climbs the loss of its own examples, as the authors do
         ("m-sharpness": m examples share an ascent, and fewer generalize better), and nothing is
@@ -88,9 +105,9 @@ def sam(
     Raises:
       TypeError: an argument has the wrong type, `key` is missing or not a PRNG key, a differentiated leaf
         is not inexact, or the loss is not a real scalar.
-      ValueError: `rho` is negative or NaN, `argnums` names an argument twice, a prefix does not fit, nothing
-        maps over `axis_name` where `fn` is called, `param_specs` names it, or `global_ascent` is set without
-        it.
+      ValueError: `rho` is negative or NaN, `aux` is unknown, `argnums` names an argument twice, a prefix does
+        not fit, nothing maps over `axis_name` where `fn` is called, `param_specs` names it, or
+        `global_ascent` is set without it.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -112,6 +129,7 @@ def sam(
         mask=mask,
         argnums=argnums,
         has_aux=has_aux,
+        aux=aux,
         axis_name=axis_name,
         global_ascent=global_ascent,
         param_specs=param_specs,
@@ -372,6 +390,7 @@ def bsam(
         (local, own), rng_key = localize((params, s), rng_key, axis_name, independent_draws=True)
 
         def gradient(params: PyTree, i: int) -> PyTree:
+            check_own_gradients("bsam", lambda w: grad_fn(w, jnp.int32(i)), params, axis_name)
             grads = grad_fn(params, jnp.int32(i))
             check_like_params("grad_fn", grads, params)
             return jax.tree.map(noise.widen, grads)
@@ -384,7 +403,7 @@ def bsam(
         )
         g = gradient(noise.perturb(local, step), 1)
         size = jax.tree.map(lambda h, s: jnp.sqrt(s) * jnp.abs(h), h, own)
-        g, size = mean_over_axis((g, size), axis_name)
+        g, size = combine_over_axis((g, size), axis_name)
 
         decayed = jax.tree.map(lambda g, w: g + _scaled(noise.widen(w), weight_decay), g, params)
         momentum = _mixed(b1, state.momentum, decayed)
@@ -414,6 +433,7 @@ def _after_ascent(
     mask: PyTree = None,
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
+    aux: PyTree = "mean",
     axis_name: AxisName | None = None,
     global_ascent: bool = False,
     param_specs: PyTree = None,
@@ -424,6 +444,7 @@ def _after_ascent(
     argnums = as_argnums("argnums", argnums)
     check_scalar("rho", rho)
     check_flag("has_aux", has_aux)
+    check_aux_modes(aux, AUX_MODES)
     check_flag("global_ascent", global_ascent)
     if global_ascent and axis_name is None:
         raise ValueError("global_ascent: True needs axis_name, the devices that are to climb together.")
@@ -437,24 +458,33 @@ def _after_ascent(
         specs = leaf_specs(params, param_specs, axes)
         params, key = localize(params, key, axis_name, independent_draws=not global_ascent)
 
-        if smoothing is None:
-            out, gradient = value_and_grad(params)
-        else:
-            u = noise.perturbation(
-                key, params, smoothing.sigma, sampler=smoothing.sampler, mask=mask, specs=specs
-            )
-            out, gradient = loss(params), value_and_grad(noise.perturb(params, u))[1]
-        uphill = jax.tree.map(lambda g: jnp.conj(noise.widen(g)), gradient)
-        if global_ascent:
-            uphill = mean_over_axis(uphill, axis_name)
-        if smoothing is not None:
-            uphill = noise.perturb(_scaled(uphill, smoothing.gradient_weight), u)
-        step = _step_up(params, uphill, climb, rho=rho, mask=mask, specs=specs)
-        _, grads = value_and_grad(noise.perturb(params, step))
+        with copies_along(axis_name):
+            if smoothing is None:
+                out, gradient = value_and_grad(params)
+            else:
+                u = noise.perturbation(
+                    key, params, smoothing.sigma, sampler=smoothing.sampler, mask=mask, specs=specs
+                )
+                out, gradient = loss(params), value_and_grad(noise.perturb(params, u))[1]
+            uphill = jax.tree.map(lambda g: jnp.conj(noise.widen(g)), gradient)
+            if global_ascent:
+                uphill = combine_over_axis(uphill, axis_name)
+            if smoothing is not None:
+                uphill = noise.perturb(_scaled(uphill, smoothing.gradient_weight), u)
+            step = _step_up(params, uphill, climb, rho=rho, mask=mask, specs=specs)
+            _, grads = value_and_grad(noise.perturb(params, step))
 
-        value, aux = out
-        out = (value, jax.tree.map(jnp.asarray, aux)) if has_aux else value
-        return mean_over_axis((out, grads), axis_name)
+        value, aux_out = out
+        leaves, treedef = jax.tree.flatten(aux_out)
+        modes = broadcast_prefix("aux", aux, aux_out)
+        leaves = [
+            summed([x[None]])[0] if mode == "sum" else x
+            for x, mode in zip(map(jnp.asarray, leaves), modes, strict=True)
+        ]
+        (value, leaves), grads = combine_over_axis(
+            ((value, leaves), grads), axis_name, (("mean", modes), "mean")
+        )
+        return ((value, jax.tree.unflatten(treedef, leaves)) if has_aux else value), grads
 
     return value_and_grad_fn
 

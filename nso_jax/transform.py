@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from nso_jax import noise
-from nso_jax._axes import AxisName
+from nso_jax._axes import AxisName, check_own_gradients, combine_over_axis
 from nso_jax._calls import check_like_params, check_update_arguments
 from nso_jax._checks import PyTree, as_key, describe, is_function
 from nso_jax.gradients import check_options, mean_over_draws
@@ -136,6 +136,7 @@ def noise_stability(
         rng_key = jax.random.wrap_key_data(state.rng_key, impl=jax.random.key_impl(key))
 
         def evaluate(params: PyTree, i: jax.Array) -> tuple[PyTree, tuple[()]]:
+            check_own_gradients("noise_stability", lambda w: grad_fn(w, i), params, axis_name)
             grads = grad_fn(params, i)
             check_like_params("grad_fn", grads, params)
             return grads, ()
@@ -149,7 +150,8 @@ def noise_stability(
             sigma=sigma(state.count) if scheduled else sigma,
             **options,
         )
-        return averaged, state._replace(count=optax.safe_increment(state.count))
+        count = optax.safe_increment(state.count)
+        return combine_over_axis(averaged, axis_name), state._replace(count=count)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

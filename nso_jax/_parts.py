@@ -1,0 +1,267 @@
+"""A batch in parts: what `parallel.microbatch` and its NNX form do with each part, and with what it gives."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from nso_jax import _backend, gradients, noise
+from nso_jax._axes import AxisName, check_axes, combine_over_axis, copies_along, localize, weighed
+from nso_jax._calls import as_argnums, check_aux_modes
+from nso_jax._checks import (
+    PyTree,
+    broadcast_prefix,
+    check_count,
+    check_flag,
+    check_function,
+    check_scalar,
+    describe,
+    dtype_of,
+    is_inexact,
+    leaf_name,
+)
+
+Batch = dict[int, PyTree]  # arguments that carry examples, by their numbers
+Weight = Callable[..., Any]  # of the arguments of a loss: how much its value counts
+
+_ADDED = ("mean", "sum")
+
+
+def microbatch_options(
+    fn: Any, num_microbatches: Any, *, weight: Any, aux: PyTree, axis_name: Any, independent_draws: Any
+) -> dict[str, Any]:
+    """The options of `mean_over_parts`; raises TypeError or ValueError if `microbatch` cannot work."""
+    check_function("fn", fn, "a function fn(key, *args)")
+    check_count("num_microbatches", num_microbatches)
+    if weight is not None:
+        check_function("weight", weight, "a function of the arguments of the loss")
+    check_aux_modes(aux, gradients.AUX_MODES)
+    check_axes(axis_name)
+    check_flag("independent_draws", independent_draws)
+    return {
+        "count": num_microbatches,
+        "weight": weight,
+        "modes": "mean" if aux == "mean" else (("mean", aux), "mean"),
+        "axis_name": axis_name,
+        "independent_draws": independent_draws,
+    }
+
+
+def batch_numbers(batch_argnums: int | Sequence[int]) -> tuple[int, ...]:
+    """The batch's argnums as a tuple."""
+    numbers = as_argnums("batch_argnums", batch_argnums)
+    return numbers if isinstance(numbers, tuple) else (numbers,)
+
+
+def select_batch(
+    args: tuple[Any, ...], argnums: tuple[int, ...], num_microbatches: int, num_devices: int = 1
+) -> tuple[list[Any], Batch]:
+    """The arguments with None for those of the batch, and these, checked, by their numbers."""
+    for i in argnums:
+        if not -len(args) <= i < len(args):
+            raise TypeError(f"batch_argnums: {i} is out of range, got {len(args)} arguments after the key.")
+    batch = {i % len(args): args[i] for i in argnums}
+    counts = {"microbatches": num_microbatches, "devices": num_devices}
+    _check_divides(
+        num_microbatches * num_devices,
+        " times ".join(f"{count} {name}" for name, count in counts.items() if count > 1),
+        batch,
+    )
+    return [None if i in batch else arg for i, arg in enumerate(args)], batch
+
+
+def join(fixed: list[Any], batch: Batch) -> list[Any]:
+    """The arguments that `select_batch` took apart."""
+    return [batch.get(i, arg) for i, arg in enumerate(fixed)]
+
+
+def call_on_parts(
+    fn: Callable[..., PyTree],
+    key: jax.Array,
+    fixed: list[Any],
+    batch: Batch,
+    kwargs: dict[str, Any],
+    *,
+    weight: Weight | None,
+    **options: Any,
+) -> PyTree:
+    """The mean of what `fn` gives for the parts of a batch."""
+
+    def evaluate(
+        i: Any, key: jax.Array, examples: Batch, others: PyTree, state: PyTree
+    ) -> tuple[PyTree, PyTree]:
+        fixed, kwargs = others if options["count"] == 1 else fold_keys(others, i)
+        return fn(key, *join(fixed, examples), **kwargs), state
+
+    def weight_of(examples: Batch, others: PyTree) -> Any:
+        fixed, kwargs = others
+        return weight(*join(fixed, examples), **kwargs) if weight else None
+
+    options["weight"] = weight_of if weight else None
+    return mean_over_parts(evaluate, key, batch, (fixed, kwargs), (), **options)[0]
+
+
+def mean_over_parts(
+    evaluate: Callable[[Any, jax.Array, Batch, PyTree, PyTree], tuple[PyTree, PyTree]],
+    key: jax.Array,
+    batch: Batch,
+    others: PyTree,
+    state: PyTree,
+    *,
+    count: int,
+    weight: Weight | None,
+    modes: PyTree,
+    axis_name: AxisName | None,
+    independent_draws: bool,
+) -> tuple[PyTree, PyTree]:
+    """The mean of `out, state = evaluate(i, key_i, part i of the batch, others, state)`, and the last state.
+
+    `weight(part, others)` is how much a part counts, and `modes`, a prefix of `out`, what becomes of its
+    leaves.
+    """
+    (batch, others, state), key = localize(
+        (batch, others, state), key, axis_name, independent_draws=independent_draws
+    )
+    keys = jax.random.split(key, count) if count > 1 else [key]
+
+    def part(i: Any) -> Batch:
+        def examples(x: Any) -> jax.Array:
+            interleaved = jnp.reshape(x, (x.shape[0] // count, count, *x.shape[1:]))
+            return jax.lax.dynamic_index_in_dim(interleaved, i, axis=1, keepdims=False)
+
+        return batch if count == 1 else jax.tree.map(examples, batch)
+
+    def on_part(i: Any, state: PyTree) -> tuple[PyTree, PyTree, Any]:
+        """What a part gives, the state after it, and how much it counts."""
+        examples = part(i)
+        out, moved = evaluate(i, keys[i], examples, others, state)
+        if weight is None:
+            return out, moved, None
+        counts = _as_weight(weight(examples, others))
+        return out, jax.tree.map(lambda new, old: _unless_zero(counts, new, old), moved, state), counts
+
+    def add(carry: tuple[Any, PyTree], i: Any) -> tuple[tuple[Any, PyTree], list[jax.Array]]:
+        so_far, state = carry
+        out, state, counts = on_part(i, state)
+        leaves = jax.tree.leaves(out)
+        terms = _terms(leaves, fates, counts), counts
+        return (jax.tree.map(jnp.add, so_far, terms), state), _kept(leaves, fates)
+
+    with copies_along(axis_name):
+        first = on_part(0, state) if count == 1 else jax.eval_shape(lambda: on_part(0, state))
+        leaves, treedef = jax.tree.flatten(first[0])
+        fates = _fates(broadcast_prefix("aux", modes, first[0]), first[0], _length(batch) // count)
+        if count == 1:
+            _, state, counts = first
+            totals, kept = _terms(leaves, fates, counts), [x[None] for x in _kept(leaves, fates)]
+        else:
+            zeros = [
+                jnp.zeros_like(x) if fate in _ADDED else None for x, fate in zip(leaves, fates, strict=True)
+            ]
+            start = _terms(zeros, fates, None), jax.tree.map(jnp.zeros_like, first[2])
+            ((totals, counts), state), kept = _backend.loop(add, (start, state), count)
+
+    out = _joined(leaves, fates, totals, kept, count if counts is None else counts)
+    over_axis = [fate if fate in _ADDED else "local" for fate in fates]
+    out, state = combine_over_axis((out, state), axis_name, (over_axis, "mean"), counts)
+    return jax.tree.unflatten(treedef, out), state
+
+
+def _fates(modes: list[str], like: PyTree, num_examples: int) -> list[str]:
+    """What becomes of each leaf over the parts: "mean", "sum", "concatenate" or, without a mean, "first"."""
+    fates = []
+    for mode, (path, leaf) in zip(modes, jax.tree.leaves_with_path(like), strict=True):
+        if mode == "concatenate" and leaf.shape[:1] != (num_examples,):
+            raise ValueError(
+                f"aux: leaf {leaf_name(path)} of what fn returns is {describe(leaf)}, but to concatenate it "
+                f"needs an entry for each of {num_examples} examples along its leading axis."
+            )
+        fates.append(mode if mode in ("sum", "concatenate") else "mean" if is_inexact(leaf) else "first")
+    return fates
+
+
+def _terms(leaves: list[Any], fates: list[str], counts: Any) -> list[jax.Array]:
+    """A part's terms in the sums, in float32 or int32 at least; zero if it does not count."""
+    terms = []
+    for x, fate in zip(leaves, fates, strict=True):
+        if fate in _ADDED:
+            term = noise.widen(x) if is_inexact(x) else jnp.sum(jnp.asarray(x)[None], axis=0)
+            if counts is not None:
+                term = weighed(term, counts if fate == "mean" else jnp.sign(counts))
+            terms.append(term)
+    return terms
+
+
+def _kept(leaves: list[Any], fates: list[str]) -> list[Any]:
+    return [x for x, fate in zip(leaves, fates, strict=True) if fate not in _ADDED]
+
+
+def _joined(
+    leaves: list[Any], fates: list[str], totals: list[jax.Array], kept: list[jax.Array], counts: Any
+) -> list[jax.Array]:
+    """Each leaf of the result, from the sums over the parts and from what was kept of each part."""
+    sums, parts = iter(totals), iter(kept)
+
+    def join(leaf: Any, fate: str) -> jax.Array:
+        if fate == "mean":
+            total = next(sums)
+            return (total / jnp.asarray(counts).astype(total.dtype)).astype(leaf.dtype)
+        if fate == "sum":
+            return next(sums).astype(leaf.dtype) if is_inexact(leaf) else next(sums)
+        of_parts = next(parts)
+        if fate == "first":
+            return of_parts[0]
+        in_order = jnp.swapaxes(of_parts, 0, 1)  # part i has the examples i, i + m, i + 2m, ...
+        return in_order.reshape(-1, *in_order.shape[2:])
+
+    return [join(leaf, fate) for leaf, fate in zip(leaves, fates, strict=True)]
+
+
+def _as_weight(weight: Any) -> jax.Array:
+    check_scalar("weight", weight)
+    return noise.widen(jnp.asarray(weight) * jnp.float32(1))
+
+
+def _unless_zero(counts: jax.Array, new: Any, old: Any) -> Any:
+    """A part that does not count moves no statistics either."""
+    return jnp.where(counts == 0, old, new) if is_inexact(new) else new
+
+
+def fold_keys(tree: PyTree, i: Any) -> PyTree:
+    """A pytree whose PRNG keys, if typed, have a number folded in."""
+
+    def fold(x: Any) -> Any:
+        dtype = dtype_of(x)
+        if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
+            return x
+        return jnp.vectorize(jax.random.fold_in, excluded={1})(x, i) if x.shape else jax.random.fold_in(x, i)
+
+    return jax.tree.map(fold, tree)
+
+
+def _length(batch: Batch) -> int:
+    """The number of examples, which all leaves share; 1 if there are none."""
+    return next((jnp.shape(leaf)[0] for leaf in jax.tree.leaves(batch)), 1)
+
+
+def _check_divides(count: int, of_what: str, batch: Batch) -> None:
+    """Raises unless all leaves of the batch have one length, a multiple of `count`."""
+    sizes = {}
+    for path, leaf in jax.tree.leaves_with_path(batch):
+        where = f"args{jax.tree_util.keystr(path)}"
+        if not jnp.ndim(leaf):
+            raise TypeError(
+                f"batch_argnums: {where} is {describe(leaf)}, without a leading axis of examples; pass it "
+                "as another argument or by keyword."
+            )
+        sizes[where] = jnp.shape(leaf)[0]
+    if len(set(sizes.values())) > 1:
+        listed = ", ".join(f"{where} has {size}" for where, size in sizes.items())
+        raise ValueError(f"batch_argnums: all leaves need the same number of examples, but {listed}.")
+    for where, size in sizes.items():
+        if size % count:
+            raise ValueError(
+                f"batch_argnums: {where} has {size} examples, which {of_what} do not divide; drop "
+                f"the last {size % count} or add {count - size % count}."
+            )
