@@ -56,6 +56,10 @@ def beside_module(params, model, x):
     return jnp.sum(params["w"]) * jnp.mean(model(x) ** 2)
 
 
+def closing_over(model):
+    return lambda params: beside_module(params, model, X)
+
+
 def transformation(**options):
     return nso_jax.nso(optax.sgd(0.1), 0.1, key=KEY, **options)
 
@@ -124,7 +128,7 @@ MISTAKES = {
     "NNX module beside the params": (lambda: averaged(beside_module)(KEY, W, Normalized(), X), TypeError, ["fun: it changes the state", NNX, "nso_jax.nnx.microbatch", "model.eval()"]),
     "NNX module beside them, a rival": (lambda: sharpness.sam(beside_module, rho=0.1)(KEY, W, Dropped(), X), TypeError, ["fun: it changes the state", NNX]),
     "NNX module beside them, jitted": (lambda: jax.jit(averaged(beside_module))(KEY, W, Normalized(), X), TypeError, ["fun: it changes the state", NNX]),
-    "NNX module closed over": (lambda: averaged(lambda p, model=Normalized(): beside_module(p, model, X))(KEY, W), TypeError, ["or closes over", NNX]),
+    "NNX module closed over": (lambda: averaged(closing_over(Normalized()))(KEY, W), TypeError, ["or closes over", NNX]),
     "Rngs beside the params": (lambda: averaged(lambda p, rngs: loss(p) * jax.random.normal(rngs()))(KEY, W, nnx.Rngs(0)), TypeError, ["nnx.Rngs that it gets", NNX]),
     "Linen variables": (lambda: averaged()(KEY, VARIABLES), TypeError, ["argnums=0: ", "batch_stats", LINEN]),
     "frozen Linen variables": (lambda: averaged()(KEY, flax.core.freeze(VARIABLES)), TypeError, ["batch_stats", LINEN]),
