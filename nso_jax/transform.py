@@ -66,9 +66,8 @@ def noise_stability(
       get `MaskedNode`s. To perturb some leaves only, use the argument `mask`.
     - `chain(noise_stability(...), contrib.mechanize(optimizer))`: outside, `mechanize` would tune its scale
       by the incoming gradients.
-    - `chain(noise_stability(...), flatten(optimizer))`: outside, the loss would get one vector.
-    - `chain(noise_stability(...), contrib.split_real_and_imaginary(optimizer))`: outside, it passes on no
-      `grad_fn`. Neither does `lookahead`, which can be on neither side.
+    - `chain(noise_stability(...), flatten(optimizer))`: outside, the loss would get one vector; and so for
+      `contrib.split_real_and_imaginary`, which passes on no `grad_fn`. `lookahead` works on neither side.
 
     `inject_hyperparams` goes around a function of what is to change, or outside with all but `sigma` and
     `clean_weight` in its `static_args`, as it takes other numbers and functions for hyperparameters too:
@@ -95,9 +94,10 @@ def noise_stability(
       A transformation whose state is a `NoiseStabilityState`.
 
     Raises:
-      TypeError: an argument has the wrong type, as `key`, or in `update` `grad_fn` is missing.
-      ValueError: an argument is out of range, or in `update` `params` are missing or masked, or the incoming
-        updates or the gradients are unlike them.
+      TypeError: an argument has the wrong type, as `key`, `inject_hyperparams` injects one that has to be
+        static, or in `update` `grad_fn` is missing.
+      ValueError: an argument is out of range, `MultiSteps` is around it, or in `update` `params` are missing
+        or masked, or the incoming updates or the gradients are unlike them.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax

@@ -70,7 +70,8 @@ def update(params, grad_fn=jax.grad(loss)):  # noqa: B008
 
 
 def mesh():
-    return jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+    types = (jax.sharding.AxisType.Auto,)
+    return jax.make_mesh((1,), ("data",), devices=jax.devices()[:1], axis_types=types)
 
 
 INJECT = "optax.inject_hyperparams(nso_jax.nso, static_args=("
