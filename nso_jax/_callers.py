@@ -55,13 +55,14 @@ def check_injected(*also_static: str) -> None:
     wrong = [name for name in parameters if name in names and name not in (*dynamic, "key")]
     if dynamic and wrong:
         static = tuple(name for name in parameters if name not in dynamic)
-        name = _unwrapped(factory).__name__
+        name, first = _unwrapped(factory).__name__, _dynamic(factory)[0]
         module = "nso_jax.sharpness" if name == "bsam" else "nso_jax"
         raise TypeError(
             f"{', '.join(wrong)}: optax.inject_hyperparams makes schedules of functions and arrays of "
             "numbers, which these cannot be. Write "
             f"optax.inject_hyperparams({module}.{name}, static_args={static}), or put it around a function "
-            f"of what is to change: optax.inject_hyperparams(lambda sigma: {module}.{name}(...))(sigma=...)."
+            "of what is to change: "
+            f"optax.inject_hyperparams(lambda {first}: {module}.{name}(...))({first}=...)."
         )
 
 
@@ -85,7 +86,7 @@ def _injected() -> tuple[Callable[..., Any], Collection[str]] | None:
 def _dynamic(factory: Callable[..., Any]) -> tuple[str, ...]:
     """The arguments that may be injected; none for a function that is not ours, whose names are its own."""
     function = _unwrapped(factory)
-    ours = getattr(function, "__module__", "").startswith("nso_jax.")
+    ours = (getattr(function, "__module__", None) or "").startswith("nso_jax.")
     return _DYNAMIC.get(function.__name__, ()) if ours else ()
 
 
