@@ -8,12 +8,13 @@ from nso_jax.gradients import value_and_grad
 from nso_jax.transform import NoiseStabilityState, noise_stability, nso
 
 if TYPE_CHECKING:
-    from nso_jax import curvature
+    from nso_jax import curvature, nnx
 
 __version__ = "0.1.0"
 __all__ = [
     "NoiseStabilityState",
     "curvature",
+    "nnx",
     "noise",
     "noise_stability",
     "nso",
@@ -25,11 +26,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Imports `curvature` when it is first used: SciPy, which it needs, takes as long as optax."""
-    if name == "curvature":
-        return importlib.import_module("nso_jax.curvature")
+    """Imports these when they are first used: SciPy takes as long as optax, and Flax may be missing."""
+    if name in ("curvature", "nnx"):
+        return importlib.import_module(f"nso_jax.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(__all__))
+    return sorted(["__version__", *__all__])

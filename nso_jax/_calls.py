@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from nso_jax._axes import own_loss
+from nso_jax._callers import check_not_in_multi_steps
 from nso_jax._checks import (
     PyTree,
     check_inexact,
@@ -48,10 +49,23 @@ def bind(
     check_inexact(params, f"argnums={argnums}")
 
     def loss(params: PyTree) -> tuple[jax.Array, PyTree]:
-        value, aux_out = as_loss(fun(*_replace(args, argnums, params), **kwargs), has_aux=has_aux)
+        value, aux_out = as_loss(_call(fun, _replace(args, argnums, params), kwargs), has_aux=has_aux)
         return own_loss(value), aux_out
 
     return loss, params
+
+
+def _call(fun: Callable[..., Any], args: list[Any], kwargs: dict[str, Any]) -> Any:
+    try:
+        return fun(*args, **kwargs)
+    except Exception as error:
+        if type(error).__name__ != "TraceContextError":  # of flax, which may not be installed
+            raise
+        raise TypeError(
+            "fun: it changes the state of a Flax NNX module or nnx.Rngs that it gets or closes over. Use "
+            "nso_jax.nnx.value_and_grad (with method=... for its rivals), which moves that once a step, and "
+            "nso_jax.nnx.microbatch; or, if it should not move, model.eval() before."
+        ) from error
 
 
 def as_loss(out: Any, *, has_aux: bool) -> tuple[jax.Array, PyTree]:
@@ -93,6 +107,7 @@ def cast_like(tree: PyTree, like: PyTree) -> PyTree:
 
 def check_update_arguments(name: str, params: PyTree, grad_fn: Any) -> None:
     """Raises ValueError or TypeError unless a transformation got what it needs to evaluate the loss."""
+    check_not_in_multi_steps(name)
     call = "call update(updates, state, params, grad_fn=grad_fn)."
     if params is None:
         raise ValueError(f"params: {name} perturbs them, but got None; {call}")

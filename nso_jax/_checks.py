@@ -1,19 +1,34 @@
 """Checks of arguments that all modules share: their errors say argument, value and, for a leaf, its path."""
 
 import contextlib
-from collections.abc import Callable, Collection, Hashable, Iterable
+import sys
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nso_jax._callers import check_injected, injection_hint
+
 PyTree = Any
+
+# Samplers of the right form that would be taken without a word, and ours of the same law.
+_OTHER_VARIANCE: dict[Any, str] = {
+    jax.random.uniform: "uniform",
+    jax.random.laplace: "laplace",
+    jax.random.cauchy: "cauchy",
+    jax.random.exponential: "",
+    jax.random.gumbel: "",
+    jax.random.logistic: "",
+    jax.random.maxwell: "",
+}
 
 
 def describe(x: Any) -> str:
     """`x` in an error message: `float32[2,3]` for an array, the value itself for a number or a name."""
-    if hasattr(x, "shape") and hasattr(x, "dtype"):
+    # nnx.Rngs has a stream for every name, these two as well.
+    if hasattr(x, "dtype") and isinstance(getattr(x, "shape", None), tuple):
         return f"{x.dtype}[{','.join(map(str, x.shape))}]"
     return f"{x!r} ({type(x).__name__})" if isinstance(x, int | float | complex | str) else type(x).__name__
 
@@ -42,6 +57,7 @@ def is_function(option: Any) -> bool:
 
 def as_key(key: Any) -> jax.Array:
     """`key` as a typed key; raises TypeError if it is not one PRNG key."""
+    _check_no_stream(key)
     dtype = getattr(key, "dtype", None)
     if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
         if key.shape == ():
@@ -50,13 +66,16 @@ def as_key(key: Any) -> jax.Array:
     if dtype == np.uint32 and key.ndim == 1:
         with contextlib.suppress(TypeError):  # another length than the default implementation's keys have
             return jax.random.wrap_key_data(key)
+    if dtype == np.int32:  # a step's count, if a sampler that draws from it was taken for a schedule
+        check_injected()
     raise TypeError(f"key: expected a PRNG key such as jax.random.key(0), got {describe(key)}.")
 
 
 def check_count(name: str, value: Any, minimum: int = 1) -> None:
     """Raises TypeError unless `value` is a static int, and ValueError if it is below `minimum`."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{name}: expected a static int >= {minimum}, got {describe(value)}.")
+        hint = injection_hint(name) if isinstance(value, jax.Array) else ""
+        raise TypeError(f"{name}: expected a static int >= {minimum}, got {describe(value)}.{hint}")
     if value < minimum:
         raise ValueError(f"{name}: expected an int >= {minimum}, got {value}.")
 
@@ -80,8 +99,14 @@ def check_function(name: str, value: Any, what: str = "a function") -> None:
 
 
 def check_sampler(sampler: Any) -> None:
-    """Raises TypeError unless `sampler` can be called."""
+    """Raises TypeError unless `sampler` can be called, ValueError if it is known not to have variance 1."""
     check_function("sampler", sampler, "a function (key, shape, dtype) -> array")
+    for other, ours in _OTHER_VARIANCE.items():
+        if sampler is other:
+            raise ValueError(
+                f"sampler: jax.random.{other.__name__} has not mean 0 and variance 1; "
+                f"{f'use nso_jax.noise.{ours}' if ours else 'shift and scale it'}."
+            )
 
 
 def check_mapped(name: str, axes: Iterable[Hashable]) -> None:
@@ -130,14 +155,90 @@ def check_scalar(
 
 
 def check_inexact(params: PyTree, name: str = "params") -> None:
-    """Raises TypeError if a leaf is not a float or complex array or number."""
+    """Raises TypeError if a leaf is not a float or complex array or number, or is a network's state."""
+    check_no_state(params, name)
     for path, leaf in jax.tree.leaves_with_path(params):
         dtype = dtype_of(leaf)
         if dtype is None or not jnp.issubdtype(dtype, np.inexact):
             raise TypeError(
-                f"{name}: leaf {leaf_name(path)} is {describe(leaf)}, expected float or complex numbers; "
-                "keep other leaves out of the differentiated argument."
+                f"{name}: leaf {leaf_name(path)} is {describe(leaf)}, expected float or complex numbers. "
+                "Differentiate the inexact leaves alone and pass the others as another argument: "
+                "params, rest = eqx.partition(model, eqx.is_inexact_array) splits an Equinox module, "
+                "and eqx.combine(params, rest) in the loss joins them; in a dict, take them out."
             )
+
+
+def check_no_state(params: PyTree, name: str = "params") -> None:
+    """Raises TypeError for a network of Flax together with its state, such as batch statistics.
+
+    These are floats, so they would get noise and gradients, and the network's own updates of them be lost.
+    """
+    for path, variable in _state_variables(params):
+        raise TypeError(
+            f"{name}: leaf {leaf_name(path)} is of a Flax NNX module, and {_nnx_name(variable)} is no "
+            "nnx.Param. Use nso_jax.nnx.value_and_grad (with method=... for its rivals and wrt=nnx.Param, "
+            "the default), which moves the others once a step; or else split the module with "
+            "graphdef, params, rest = nnx.split(model, nnx.Param, ...) and close over graphdef and rest."
+        )
+    for tree in params if isinstance(params, tuple) else (params,):
+        if isinstance(tree, Mapping) and {"params", "batch_stats"} <= set(tree):
+            raise TypeError(
+                f"{name}: a Flax Linen network's variables, with batch_stats. Differentiate "
+                "variables['params'] alone and pass the rest as another argument: "
+                "model.apply({'params': params, **rest}, ...)."
+            )
+
+
+def check_no_nnx(name: str, tree: PyTree, instead: str) -> None:
+    """Raises TypeError if a pytree has a Flax NNX module with state, whose updates would get lost.
+
+    Args:
+      name: the argument.
+      tree: its value.
+      instead: what keeps that state, such as `"nso_jax.nnx.microbatch"`.
+    """
+    for path, variable in _state_variables(tree):
+        raise TypeError(
+            f"{name}: leaf {leaf_name(path)} is of a Flax NNX module, and updates of its "
+            f"{_nnx_name(variable)} would get lost here; use {instead}."
+        )
+
+
+def _state_variables(tree: PyTree) -> list[tuple[Any, Any]]:
+    """Variables of NNX modules that are no params, with their paths; of a state, statistics beside params."""
+    nnx = sys.modules.get("flax.nnx")  # whoever has a module has imported it
+    if nnx is None:
+        return []
+
+    def variables(tree: PyTree, *kinds: type) -> list[tuple[Any, Any]]:
+        found = jax.tree.leaves_with_path(tree, is_leaf=lambda x: isinstance(x, (nnx.Variable, *kinds)))
+        return [(path, x) for path, x in found if isinstance(x, (nnx.Variable, *kinds))]
+
+    state = []
+    for path, x in variables(tree, nnx.State):
+        if isinstance(x, nnx.State):  # as selected on purpose, so other kinds may be meant
+            inside = variables(x)
+            if any(isinstance(variable, nnx.Param) for _, variable in inside):
+                state += [(path + p, v) for p, v in inside if isinstance(v, nnx.BatchStat)]
+        elif not isinstance(x, nnx.Param):
+            state.append((path, x))
+    return state
+
+
+def _nnx_name(variable: Any) -> str:
+    return f"nnx.{type(variable).__name__}"
+
+
+def _check_no_stream(key: Any) -> None:
+    """Raises TypeError for NNX random streams, whose count moves with each key, and their variables."""
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is not None and isinstance(key, nnx.RngKey):
+        raise TypeError("key: expected a PRNG key, got an nnx.RngKey; pass its value, key[...].")
+    if nnx is not None and isinstance(key, nnx.Rngs | nnx.RngStream):
+        call = "rngs() or rngs.noise()" if isinstance(key, nnx.Rngs) else "stream()"
+        raise TypeError(
+            f"key: expected a PRNG key, got an nnx.{type(key).__name__}; pass a key that it gives, {call}."
+        )
 
 
 def check_loss(value: Any, hint: str = "") -> None:

@@ -96,9 +96,9 @@ def call_on_parts(
 
     def weight_of(examples: Batch, others: PyTree) -> Any:
         fixed, kwargs = others
-        return weight(*join(fixed, examples), **kwargs) if weight else None
+        return weight(*join(fixed, examples), **kwargs)  # type: ignore[misc]  # only called if given
 
-    options["weight"] = weight_of if weight else None
+    options["weight"] = weight and weight_of
     return mean_over_parts(evaluate, key, batch, (fixed, kwargs), (), **options)[0]
 
 

@@ -25,6 +25,8 @@ from nso_jax._parts import (
     select_batch,
 )
 
+__all__ = ["microbatch", "value_and_grad"]
+
 
 def value_and_grad(
     fun: Callable[..., Any],
@@ -117,14 +119,20 @@ def value_and_grad(
 
     def weight_of(params: nnx.State, graphdef: Any, rest: nnx.State, batch: Batch) -> Any:
         model, args, kwargs = merged(params, graphdef, rest)
-        return weight(*join([model, *args], batch), **kwargs)  # type: ignore[misc]  # called if it is one
+        return weight(*join([model, *args], batch), **kwargs)  # type: ignore[misc]  # only called if given
 
     if aux != "mean":
         options["aux"] = (aux, "clean" if aux == "clean" else "mean")
     if mesh is not None:
-        options |= {"mesh": mesh, "method": method, "batch_argnums": 3, "num_microbatches": num_microbatches}
-        options |= {"weight": weight_of if weight else None}
-    averaged = (method if mesh is None else parallel.value_and_grad)(loss, has_aux=True, **options)
+        method = functools.partial(
+            parallel.value_and_grad,
+            mesh=mesh,
+            method=method,
+            batch_argnums=3,
+            num_microbatches=num_microbatches,
+            weight=weight and weight_of,
+        )
+    averaged = method(loss, has_aux=True, **options)
 
     def value_and_grad_fn(key: jax.Array, /, model: Any, *args: Any, **kwargs: Any) -> tuple[Any, nnx.State]:
         key = as_key(key)
@@ -220,7 +228,7 @@ def microbatch(
 
         def weight_of(examples: Any, others: Any) -> Any:
             fixed, kwargs = merged(others, still)
-            return weight(*join(fixed, examples), **kwargs) if weight else None
+            return weight(*join(fixed, examples), **kwargs)  # type: ignore[misc]  # only called if given
 
         key, others = as_key(key), (variables, values)
         present = [variable for _, variable in nnx.to_flat_state(variables)]
@@ -232,7 +240,7 @@ def microbatch(
             batch,
             others,
             [None if new is None else old for old, new in zip(present, moving, strict=True)],
-            **options | {"weight": weight_of if weight else None},
+            **options | {"weight": weight and weight_of},
         )
         nnx.update(arguments, _only(variables, moved))
         return mean

@@ -11,7 +11,15 @@ import numpy as np
 
 from nso_jax import gradients, noise
 from nso_jax._axes import AxisName, check_axes
-from nso_jax._checks import PyTree, as_key, broadcast_prefix, check_function, describe, is_inexact
+from nso_jax._checks import (
+    PyTree,
+    as_key,
+    broadcast_prefix,
+    check_function,
+    check_no_nnx,
+    describe,
+    is_inexact,
+)
 from nso_jax._parts import (
     Batch,
     Weight,
@@ -109,6 +117,7 @@ def microbatch(
     argnums = batch_numbers(batch_argnums)
 
     def microbatched(key: jax.Array, /, *args: Any, **kwargs: Any) -> PyTree:
+        check_no_nnx("args", (args, kwargs), "nso_jax.nnx.microbatch")
         fixed, batch = select_batch(args, argnums, num_microbatches)
         return call_on_parts(fn, as_key(key), fixed, batch, kwargs, **options)
 

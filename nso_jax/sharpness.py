@@ -24,6 +24,7 @@ from nso_jax._axes import (
     localize,
     other_axes,
 )
+from nso_jax._callers import check_injected, check_not_in_multi_steps
 from nso_jax._calls import (
     as_argnums,
     bind,
@@ -48,6 +49,8 @@ from nso_jax._checks import (
     leaf_name,
 )
 from nso_jax.noise import Sampler, Sigma
+
+__all__ = ["BSAMState", "asam", "bsam", "rsam", "sam", "usam"]
 
 AUX_MODES = ("mean", "sum", "concatenate")
 
@@ -356,6 +359,7 @@ def bsam(
     References:
       Moellenhoff and Khan, SAM as an Optimal Relaxation of Bayes, arXiv 2210.01620, 2022.
     """
+    check_injected()
     key = as_key(key)
     check_count("num_examples", num_examples)
     for name, value in (("rho", rho), ("weight_decay", weight_decay), ("damping", damping)):
@@ -368,6 +372,7 @@ def bsam(
     check_axes(axis_name)
 
     def init_fn(params: PyTree) -> BSAMState:
+        check_not_in_multi_steps("bsam")
         _check_real(params)
         copy = jnp.array(jax.random.key_data(key))  # the state may be donated, the caller's key may not
         zeros = jax.tree.map(lambda w: jnp.zeros_like(noise.widen(w)), params)
@@ -551,6 +556,6 @@ def _check_real(params: PyTree) -> None:
     for path, leaf in jax.tree.leaves_with_path(params):
         if jnp.iscomplexobj(leaf):
             raise TypeError(
-                f"params: leaf {leaf_name(path)} is {describe(leaf)}, but bsam is for real weights; put "
-                "optax.contrib.split_real_and_imaginary around it."
+                f"params: leaf {leaf_name(path)} is {describe(leaf)}, but bsam is for real weights; give "
+                "the real and the imaginary part as two leaves."
             )

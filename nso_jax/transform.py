@@ -8,10 +8,13 @@ import optax
 
 from nso_jax import noise
 from nso_jax._axes import AxisName, check_own_gradients, combine_over_axis
+from nso_jax._callers import check_injected, check_not_in_multi_steps
 from nso_jax._calls import check_like_params, check_update_arguments
 from nso_jax._checks import PyTree, as_key, describe, is_function
 from nso_jax.gradients import check_options, mean_over_draws
 from nso_jax.noise import Sampler, Sigma
+
+__all__ = ["NoiseStabilityState", "noise_stability", "nso"]
 
 
 class NoiseStabilityState(NamedTuple):
@@ -56,13 +59,19 @@ def noise_stability(
     at hand. So it comes first in the chain, and these wrappers stay inside, around what follows it:
 
     - `chain(noise_stability(...), MultiSteps(optimizer, n).gradient_transformation())`: with `MultiSteps`
-      outside, only the last microbatch's `grad_fn` would count.
+      outside, only the last microbatch's `grad_fn` would count, so that is an error.
     - `chain(noise_stability(...), apply_if_finite(optimizer, n))`: outside, `apply_if_finite` would check the
       incoming gradients and not the averaged ones.
     - `chain(noise_stability(...), masked(optimizer, mask))`, and so for `partition`: outside, the loss would
       get `MaskedNode`s. To perturb some leaves only, use the argument `mask`.
+    - `chain(noise_stability(...), contrib.mechanize(optimizer))`: outside, `mechanize` would tune its scale
+      by the incoming gradients.
+    - `chain(noise_stability(...), flatten(optimizer))`: outside, the loss would get one vector; and so for
+      `contrib.split_real_and_imaginary`, which passes on no `grad_fn`. `lookahead` works on neither side.
 
-    `inject_hyperparams` goes outside, with all but `sigma`, `clean_weight` and `key` in its `static_args`.
+    `inject_hyperparams` goes around a function of what is to change, or outside with all but `sigma` and
+    `clean_weight` in its `static_args`, as it takes other numbers and functions for hyperparameters too:
+    `inject_hyperparams(lambda sigma: noise_stability(sigma, key=key, num_samples=4))(sigma=0.1)`.
 
     Args:
       sigma: standard deviation of one weight's noise. A scalar, a prefix pytree of the params,
@@ -85,9 +94,10 @@ def noise_stability(
       A transformation whose state is a `NoiseStabilityState`.
 
     Raises:
-      TypeError: an argument has the wrong type, as `key`, or in `update` `grad_fn` is missing.
-      ValueError: an argument is out of range, or in `update` `params` are missing or masked, or the incoming
-        updates or the gradients are unlike them.
+      TypeError: an argument has the wrong type, as `key`, `inject_hyperparams` injects one that has to be
+        static, or in `update` `grad_fn` is missing.
+      ValueError: an argument is out of range, `MultiSteps` is around it, or in `update` `params` are missing
+        or masked, or the incoming updates or the gradients are unlike them.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -102,6 +112,8 @@ def noise_stability(
     References:
       Zhang, Li and Ju, Noise Stability Optimization for Finding Flat Minima, arXiv 2306.08553, 2023.
     """
+    is_relative = isinstance(sigma, noise.Relative)
+    check_injected(*["sigma"] * is_relative)
     key = as_key(key)
     options = {
         "num_samples": num_samples,
@@ -115,10 +127,11 @@ def noise_stability(
         "param_specs": param_specs,
     }
     check_options(**options)
-    scheduled = is_function(sigma) and not isinstance(sigma, noise.Relative)
+    scheduled = is_function(sigma) and not is_relative
 
     def init_fn(params: PyTree) -> NoiseStabilityState:
         del params
+        check_not_in_multi_steps("noise_stability")
         copy = jnp.array(jax.random.key_data(key))  # the state may be donated, the caller's key may not
         return NoiseStabilityState(jnp.zeros((), jnp.int32), copy)
 
@@ -157,7 +170,19 @@ def noise_stability(
 
 
 def nso(
-    optimizer: optax.GradientTransformation, sigma: Sigma, *, key: jax.Array, **options: Any
+    optimizer: optax.GradientTransformation,
+    sigma: Sigma,
+    *,
+    key: jax.Array,
+    num_samples: int = 1,
+    antithetic: bool = True,
+    sampler: Sampler = noise.normal,
+    mask: PyTree = None,
+    clean_weight: Any = 0.0,
+    chunk_size: int | None = None,
+    axis_name: AxisName | None = None,
+    independent_draws: bool = True,
+    param_specs: PyTree = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Noise stability optimization with any optax optimizer: `chain(noise_stability(...), optimizer)`.
 
@@ -166,8 +191,16 @@ def nso(
     Args:
       optimizer: what gets the averaged gradient.
       sigma: standard deviation of one weight's noise, as in `noise_stability`.
-      key: a PRNG key.
-      **options: the other arguments of `noise_stability`.
+      key: a PRNG key, and all that follow as in `noise_stability`.
+      num_samples: the number of draws.
+      antithetic: whether to evaluate pairs.
+      sampler: the noise.
+      mask: the perturbed leaves.
+      clean_weight: the share of the incoming gradient.
+      chunk_size: draws evaluated at once.
+      axis_name: mapped axes to average over.
+      independent_draws: whether devices along them draw for themselves.
+      param_specs: how further axes split the params.
 
     Returns:
       A transformation whose `update` takes `grad_fn`.
@@ -192,4 +225,17 @@ def nso(
     """
     if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
         raise TypeError(f"optimizer: expected an optax transformation, got {describe(optimizer)}.")
-    return optax.chain(noise_stability(sigma, key=key, **options), optimizer)
+    averaged = noise_stability(
+        sigma,
+        key=key,
+        num_samples=num_samples,
+        antithetic=antithetic,
+        sampler=sampler,
+        mask=mask,
+        clean_weight=clean_weight,
+        chunk_size=chunk_size,
+        axis_name=axis_name,
+        independent_draws=independent_draws,
+        param_specs=param_specs,
+    )
+    return optax.chain(averaged, optimizer)

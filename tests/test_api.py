@@ -28,8 +28,10 @@ API = {
         param_specs: PyTree=None -> optax.GradientTransformationExtraArgs
     """,
     "nso": """
-        optimizer: optax.GradientTransformation, sigma: Sigma, *, key: jax.Array, **options: Any
-        -> optax.GradientTransformationExtraArgs
+        optimizer: optax.GradientTransformation, sigma: Sigma, *, key: jax.Array, num_samples: int=1,
+        antithetic: bool=True, sampler: Sampler=noise.normal, mask: PyTree=None, clean_weight: Any=0.0,
+        chunk_size: int | None=None, axis_name: AxisName | None=None, independent_draws: bool=True,
+        param_specs: PyTree=None -> optax.GradientTransformationExtraArgs
     """,
     "value_and_grad": """
         fun: Callable[..., Any], *, sigma: Sigma, num_samples: int=1, antithetic: bool=True,
@@ -38,7 +40,10 @@ API = {
         chunk_size: int | None=None, axis_name: AxisName | None=None, independent_draws: bool=True,
         param_specs: PyTree=None -> Callable[..., tuple[Any, PyTree]]
     """,
-    "noise.Relative": "scale: Any, per: Literal['weight', 'channel', 'tensor'], channel_axis: int",
+    "noise.Relative": """
+        scale: Any, per: Literal['weight', 'channel', 'tensor'], channel_axis: int | tuple[int, ...],
+        stack_axes: PyTree
+    """,
     "noise.cauchy": "key: jax.Array, shape: tuple[int, ...]=(), dtype: Any=jnp.float32 -> jax.Array",
     "noise.centered_binomial": """
         key: jax.Array, shape: tuple[int, ...]=(), dtype: Any=jnp.float32 -> jax.Array
@@ -52,8 +57,8 @@ API = {
     """,
     "noise.rademacher": "key: jax.Array, shape: tuple[int, ...]=(), dtype: Any=jnp.float32 -> jax.Array",
     "noise.relative": """
-        scale: Any, per: Literal['weight', 'channel', 'tensor']='weight', *, channel_axis: int=-1
-        -> Relative
+        scale: Any, per: Literal['weight', 'channel', 'tensor']='weight', *,
+        channel_axis: int | Sequence[int]=-1, stack_axes: PyTree=0 -> Relative
     """,
     "noise.uniform": "key: jax.Array, shape: tuple[int, ...]=(), dtype: Any=jnp.float32 -> jax.Array",
     "parallel.microbatch": """

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import nso_jax
 from nso_jax import noise
 
 SAMPLERS = [noise.normal, noise.rademacher, noise.uniform, noise.laplace, noise.centered_binomial]
@@ -194,6 +195,91 @@ def test_relative_noise_may_be_scheduled(key):
     np.testing.assert_allclose(noisy(2.0), 2 * noisy(1.0))
 
 
+def root_mean_square(w, kept):
+    """Over all axes but those that are kept, index by index."""
+    w = np.asarray(w, np.float64)
+    size = np.empty(w.shape)
+    for index in np.ndindex(w.shape):
+        size[index] = np.sqrt(
+            np.mean(w[tuple(i if axis in kept else slice(None) for axis, i in enumerate(index))] ** 2)
+        )
+    return size
+
+
+@pytest.mark.parametrize(
+    ("per", "channel_axis", "stack_axes", "kept"),
+    [
+        ("channel", (-2, -1), 0, {2, 3}),
+        ("channel", [0, -1], 0, {0, 3}),
+        ("channel", -1, 1, {0, 3}),
+        ("channel", 0, 1, {0, 1}),
+        ("channel", (0, -1), 2, {0, 1, 2, 3}),
+        ("channel", 5, 3, {0, 1, 2, 3}),  # a vector, of which each entry is its own channel
+        ("tensor", -1, 1, {0}),
+        ("tensor", -1, 2, {0, 1}),
+        ("tensor", -1, 4, {0, 1, 2, 3}),
+    ],
+)
+def test_relative_noise_keeps_channels_and_stacked_layers_apart(key, per, channel_axis, stack_axes, kept):
+    w = jax.random.normal(key, (2, 3, 4, 5)) * jnp.array([0.01, 10.0]).reshape(2, 1, 1, 1)
+    sigma = noise.relative(0.3, per, channel_axis=channel_axis, stack_axes=stack_axes)
+    broadcast = np.broadcast_to(sigma(w), w.shape)
+    np.testing.assert_allclose(broadcast, 0.3 * root_mean_square(w, kept), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"per": "weight"},
+        {"per": "tensor"},
+        {"per": "channel"},
+        {"per": "channel", "channel_axis": 0},
+        {"per": "channel", "channel_axis": (0, -1)},
+    ],
+)
+@pytest.mark.parametrize("as_function", [False, True])
+def test_each_layer_of_a_stack_gets_what_it_would_get_alone(key, options, as_function):
+    def layer(key):
+        kernel, scale = jax.random.normal(key, (3, 2, 4)), jnp.exp(3 * jax.random.normal(key))
+        return {"kernel": scale * kernel, "bias": jnp.arange(4.0) * scale, "gain": scale}
+
+    layers = [layer(k) for k in jax.random.split(key, 3)]
+    embed = jax.random.normal(key, (5, 2))
+    stacks = {"layers": 1, "embed": 0}
+    sigma = noise.relative(0.3, **options, stack_axes=(lambda params: stacks) if as_function else stacks)
+    stacked = sigma({"layers": jax.tree.map(lambda *xs: jnp.stack(xs), *layers), "embed": embed})
+    alone = noise.relative(0.3, **options)
+    np.testing.assert_array_equal(stacked["embed"], alone(embed))
+    for i, one in enumerate(layers):
+        for name, expected in alone(one).items():
+            np.testing.assert_allclose(stacked["layers"][name][i], expected, rtol=1e-6)
+
+
+def test_layers_that_a_loss_scans_over_get_the_noise_of_layers_in_a_list(key):
+    """With signs for noise, so that what a layer's step is says all of its scale."""
+    layers = jax.random.normal(key, (3, 4, 4)) * jnp.array([0.01, 1.0, 100.0]).reshape(3, 1, 1)
+
+    def loss(params, x):
+        y, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["layers"])
+        return jnp.sum(y**2) + 0.0 * jnp.sum(params["layers"])
+
+    kept = {}
+
+    def keeps(params, x):
+        jax.debug.callback(lambda w: kept.setdefault("w", []).append(np.asarray(w)), params["layers"])
+        return loss(params, x)
+
+    sigma = noise.relative(0.5, "tensor", stack_axes={"layers": 1})
+    fn = jax.jit(nso_jax.value_and_grad(keeps, sigma=sigma, sampler=noise.rademacher))
+    jax.block_until_ready(fn(key, {"layers": layers}, jnp.ones((2, 4))))
+    jax.effects_barrier()
+    expected = [0.5 * float(jnp.sqrt(jnp.mean(w**2))) for w in layers]
+    for moved in kept["w"]:
+        for i, size in enumerate(expected):
+            np.testing.assert_allclose(abs(moved[i] - layers[i]), size, rtol=1e-4)
+    assert len(kept["w"]) == 2
+
+
 W = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
 
 
@@ -261,9 +347,46 @@ W = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
             r"channel_axis: 2 is out of range for leaf \['w'\] of shape \(2, 3\)",
         ),
         (
+            lambda k: draw(
+                k, {"w": jnp.ones((4, 2, 3))}, noise.relative(1.0, "channel", channel_axis=-3, stack_axes=1)
+            ),
+            ValueError,
+            r"channel_axis: -3 is out of range for leaf \['w'\] of shape \(2, 3\), one layer's",
+        ),
+        (
+            lambda k: draw(k, W, noise.relative(1.0, "channel", channel_axis=(-1, 1))),
+            ValueError,
+            r"channel_axis: \(-1, 1\) names an axis twice for leaf \['w'\] of shape \(2, 3\)",
+        ),
+        (
+            lambda k: draw(k, W, noise.relative(1.0, "tensor", stack_axes=2)),
+            ValueError,
+            r"stack_axes: 2 are more than leaf \['b'\] of shape \(3,\) has",
+        ),
+        (
+            lambda k: draw(k, W, noise.relative(1.0, stack_axes={"w": 1, "b": True})),
+            TypeError,
+            r"stack_axes for leaf \['b'\]: expected a static int >= 0, got True",
+        ),
+        (
+            lambda k: draw(k, W, noise.relative(1.0, stack_axes={"w": 1})),
+            ValueError,
+            "stack_axes: not a prefix",
+        ),
+        (
+            lambda _: noise.relative(1.0, stack_axes=-1),
+            ValueError,
+            "stack_axes: expected an int >= 0, got -1",
+        ),
+        (
+            lambda _: noise.relative(1.0, channel_axis=(0, "x")),
+            TypeError,
+            "channel_axis: expected an int or a sequence of ints, got 'x'",
+        ),
+        (
             lambda _: noise.relative(1.0, channel_axis=0.5),
             TypeError,
-            "channel_axis: expected an int, got 0.5",
+            "channel_axis: expected an int or a sequence of ints, got 0.5",
         ),
         (lambda _: noise.relative(jnp.ones(2)), ValueError, r"scale: expected a scalar, got shape \(2,\)"),
         (lambda _: noise.relative(1.0)({"n": 1}), TypeError, r"params: leaf \['n'\] is 1 \(int\)"),

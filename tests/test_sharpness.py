@@ -670,7 +670,7 @@ def bsam(key, **options):
         (lambda k: bsam(k, b2=1.0), ValueError, r"b2: expected a number in \[0, 1\), got 1.0"),
         (lambda k: bsam(k, initial_precision=0), ValueError, "initial_precision: expected a number > 0, got 0"),
         (lambda k: bsam(k).init({"w": jnp.ones(2, int)}), TypeError, r"params: leaf \['w'\] is int32\[2\]"),
-        (lambda k: bsam(k).init(jnp.ones(2, jnp.complex64)), TypeError, r"params: leaf \(the whole\) is complex64\[2\].*split_real_and_imaginary"),
+        (lambda k: bsam(k).init(jnp.ones(2, jnp.complex64)), TypeError, r"params: leaf \(the whole\) is complex64\[2\].*the real and the imaginary part as two leaves"),
         (lambda k: bsam(k).update(W, bsam(k).init(W)), ValueError, "params: bsam perturbs them, but got None"),
         (lambda k: bsam(k).update(W, bsam(k).init(W), W), TypeError, "grad_fn: expected a function"),
     ],

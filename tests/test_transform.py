@@ -1,6 +1,8 @@
 """The checks that optax's contrib optimizers must pass, and what else the adapter promises."""
 
+import ast
 import functools
+import re
 
 import chex
 import jax
@@ -104,6 +106,104 @@ def test_hyperparameters_can_be_injected(options):
     chex.assert_trees_all_close(injected_state.inner_state, state)
     louder = injected_state._replace(hyperparams={**injected_state.hyperparams, "sigma": jnp.float32(1)})
     assert not np.allclose(injected.update(params, louder, params, grad_fn=grad_fn)[0][0], updates[0])
+
+
+def recommended(call):
+    """The `static_args` that the error of a call names."""
+    with pytest.raises(TypeError, match=r"static_args=\(") as raised:
+        call()
+    return ast.literal_eval(re.search(r"static_args=(\(.*?\))", str(raised.value)).group(1))
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+@pytest.mark.parametrize("form", ["noise_stability", "nso", "function"])
+def test_an_injected_sigma_may_change_between_steps(form, jitted):
+    params, key = jnp.array([1.0, 2.0]), jax.random.key(0)
+    grad_fn = gradient_function(lambda p: jnp.sum(p**4))
+    options = {"num_samples": 2, "sampler": noise.rademacher, "mask": lambda p: True, "chunk_size": 1}
+
+    optimizer = optax.identity() if form == "noise_stability" else optax.sgd(0.1, momentum=0.9)
+
+    def plain(sigma):
+        return optax.chain(nso_jax.noise_stability(sigma, key=key, **options), optimizer)
+
+    if form == "function":
+        injected = optax.inject_hyperparams(plain)(sigma=0.1)
+    else:
+        factory = getattr(nso_jax, form)
+        make = functools.partial(factory, optimizer) if form == "nso" else factory
+        arguments = {"sigma": 0.1, "key": key, **options}
+        static = recommended(lambda: optax.inject_hyperparams(make)(**arguments).init(params))
+        injected = optax.inject_hyperparams(make, static_args=static)(**arguments)
+
+    maybe_jit = jax.jit if jitted else lambda f: f
+    state, inner = maybe_jit(injected.init)(params), plain(0.1).init(params)
+    step = maybe_jit(lambda s: injected.update(params, s, params, grad_fn=grad_fn))
+    seen = []
+    for sigma in (0.1, 0.5, 0.0):
+        state.hyperparams["sigma"] = jnp.asarray(sigma, jnp.float32)
+        updates, state = step(state)
+        expected, inner = plain(sigma).update(params, inner, params, grad_fn=grad_fn)
+        inner_state = (
+            (state.inner_state, optax.EmptyState()) if form == "noise_stability" else state.inner_state
+        )
+        chex.assert_trees_all_close((updates, inner_state), (expected, inner), rtol=1e-5)
+        seen.append(np.asarray(updates))
+    assert not np.allclose(seen[0], seen[1])
+    assert not jitted or step._cache_size() == 1
+
+
+@pytest.mark.parametrize("when", ["init", "update"])
+@pytest.mark.parametrize(
+    ("arguments", "static", "named"),
+    [
+        ({}, (), "num_samples, sampler"),
+        ({}, ("num_samples",), "sampler"),
+        ({"num_samples": 4}, ("sampler",), "num_samples"),
+        ({"num_samples": lambda count: 4}, ("sampler",), "num_samples"),
+        ({"chunk_size": 2}, ("sampler", "num_samples"), "chunk_size"),
+        ({"mask": lambda p: jax.tree.map(lambda w: True, p)}, ("sampler", "num_samples"), "mask"),
+        ({"sigma": noise.relative(0.1)}, ("sampler", "num_samples"), "sigma"),
+        ({"sigma": lambda count: noise.relative(0.1)}, ("sampler", "num_samples"), "sigma"),
+    ],
+)
+@pytest.mark.parametrize("partially", [False, True])
+def test_what_cannot_be_injected_is_named_with_all_that_is_to_be_static(
+    arguments, static, named, when, partially
+):
+    key, params = jax.random.key(0), jnp.ones(2)
+    factory = nso_jax.noise_stability
+    arguments = {"sigma": 0.1, "key": key, **arguments}
+    if partially:
+        factory = functools.partial(factory, antithetic=False)
+    tx = optax.inject_hyperparams(factory, static_args=static)(**arguments)
+    right = optax.inject_hyperparams(factory, static_args=STATIC)(sigma=0.1, key=key)
+    # What `init` would have put into the state.
+    injected = {"num_samples": 1, "sampler": noise.normal} | arguments
+    injected = {name: value for name, value in injected.items() if name not in static}
+    states = {name: optax.schedules.WrappedSchedule(f).init() for name, f in injected.items() if callable(f)}
+    hyperparams = {
+        name: jnp.asarray(x) for name, x in injected.items() if isinstance(x, int | float | jax.Array)
+    }
+    calls = {
+        "init": lambda: tx.init(params),
+        "update": lambda: jax.jit(functools.partial(tx.update, grad_fn=lambda p, _: p))(
+            params, right.init(params)._replace(hyperparams=hyperparams, hyperparams_states=states), params
+        ),
+    }
+    with pytest.raises(TypeError, match=rf"^{named}: optax.inject_hyperparams makes .*static_args=\("):
+        calls[when]()
+
+
+def test_a_number_of_samples_injected_into_another_function_is_named():
+    def factory(sigma, draws):
+        return nso_jax.nso(optax.sgd(0.1), sigma, key=jax.random.key(0), num_samples=draws)
+
+    with pytest.raises(
+        TypeError, match=r"num_samples: .* got int32\[\]. .* name num_samples in its static_args"
+    ):
+        optax.inject_hyperparams(factory)(sigma=0.1, draws=2).init(jnp.ones(2))
+    optax.inject_hyperparams(factory, static_args="draws")(sigma=0.1, draws=2).init(jnp.ones(2))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64])
@@ -242,6 +342,75 @@ def test_multi_steps_goes_inside(standard_promotion):
         if n == 0:
             np.testing.assert_array_equal(updates, 0)
     np.testing.assert_allclose(updates, -0.1 * sum(expected) / 2, rtol=1e-5)
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+def test_four_microbatches_of_multi_steps_give_their_mean(jitted, standard_promotion):
+    """The gradients 1, 2, 3 and 10; around the adapter it would be the last alone."""
+    maybe_jit = jax.jit if jitted else lambda f: f
+    accumulate = optax.MultiSteps(optax.sgd(1.0), 4).gradient_transformation()
+    tx = optax.chain(nso_jax.noise_stability(0.1, key=jax.random.key(0)), accumulate)
+
+    def step(x, state, w):
+        return tx.update(jnp.zeros(()), state, w, grad_fn=lambda w, _: jax.grad(lambda w: w * x)(w))
+
+    w = jnp.zeros(())
+    state, total = maybe_jit(tx.init)(w), 0.0
+    for x in (1.0, 2.0, 3.0, 10.0):
+        updates, state = maybe_jit(step)(x, state, w)
+        total += float(updates)
+    assert total == -4.0
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+@pytest.mark.parametrize("between", [lambda tx: tx, lambda tx: optax.masked(optax.chain(tx), {"w": True})])
+@pytest.mark.parametrize("skips", [None, optax.skip_not_finite])
+def test_multi_steps_outside_is_refused(jitted, between, skips):
+    maybe_jit = jax.jit if jitted else lambda f: f
+    params = {"w": jnp.ones(2)}
+    inner = between(nso())
+    tx = optax.MultiSteps(inner, 2, should_skip_update_fn=skips)
+    message = r"^noise_stability: optax.MultiSteps around it .* put it inside, optax.chain\(noise_stability"
+    with pytest.raises(ValueError, match=message):
+        maybe_jit(tx.init)(params)
+    state = optax.MultiSteps(optax.identity(), 2, should_skip_update_fn=skips).init(params)
+    state = state._replace(inner_opt_state=inner.init(params))
+    with pytest.raises(ValueError, match=message):
+        maybe_jit(functools.partial(tx.update, grad_fn=lambda p, _: p))(params, state, params)
+
+
+@pytest.mark.parametrize(
+    "wrapper",
+    [
+        lambda tx: optax.contrib.mechanize(tx, s_init=0.1),
+        lambda tx: optax.contrib.schedule_free(tx, learning_rate=0.1),
+        optax.flatten,
+        optax.contrib.split_real_and_imaginary,
+        lambda tx: optax.conditionally_transform(tx, lambda step: step % 2 == 1),
+        lambda tx: optax.conditionally_mask(tx, lambda step: step % 2 == 1),
+        lambda tx: optax.chain(tx, optax.apply_every(2)),
+    ],
+    ids=["mechanize", "schedule_free", "flatten", "split", "transform", "mask", "apply_every"],
+)
+def test_wrappers_inside_see_the_averaged_gradient(wrapper, standard_promotion):
+    """Whatever the incoming updates are."""
+    start, loss = {"w": jnp.array([1.0, 2.0])}, lambda p: jnp.sum(p["w"] ** 4)
+    grad_fn = gradient_function(loss)
+    inner = wrapper(optax.sgd(0.01))
+    tx = optax.chain(nso_jax.noise_stability(0.1, key=jax.random.key(0)), inner)
+    fn = nso_jax.value_and_grad(loss, sigma=0.1)
+    params = expected = start
+    state, inner_state = tx.init(params), inner.init(params)
+    for n in range(4):
+        ignored = jax.tree.map(jnp.zeros_like, params)
+        updates, state = tx.update(ignored, state, params, grad_fn=grad_fn)
+        averaged = fn(jax.random.fold_in(jax.random.key(0), n), expected)[1]
+        inner_updates, inner_state = inner.update(averaged, inner_state, expected)
+        params, expected = (
+            optax.apply_updates(params, updates),
+            optax.apply_updates(expected, inner_updates),
+        )
+        chex.assert_trees_all_close(params, expected, rtol=1e-5)
 
 
 def test_apply_if_finite_goes_inside():
