@@ -130,7 +130,7 @@ API = {
     "curvature.GaussNewton": "model: Callable[[Any, Any], Any], loss: Callable[[Any, Any], jax.Array]",
     "curvature.KroneckerFactors": """
         input: np.ndarray, output: np.ndarray, error: float, error_standard_error: float,
-        eigenvalues: np.ndarray, vectors: list[np.ndarray], overlap: float
+        eigenvalues: np.ndarray, vectors: list[np.ndarray], overlap: float, output_standard_error: float
     """,
     "curvature.LayerStructure": """
         eigenpairs: Eigenpairs, kronecker: KroneckerFactors | None, reason: str
@@ -169,7 +169,7 @@ API = {
     """,
     "curvature.layer_structure": """
         key: jax.Array, fun: Callable[[Any, Any], jax.Array], params: Any, batches: Any, *, k: int=10,
-        tol: float=0.001, mask: Any=None, num_probes: int=20,
+        tol: float=0.001, mask: Any=None, num_probes: int=20, weight_sharing: str='expand',
         callback: Callable[[int], object] | None=None -> dict[str, LayerStructure]
     """,
     "curvature.noise_stability_gap": """

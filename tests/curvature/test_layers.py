@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.ad_checkpoint import checkpoint_name
-from problems import KEY, softmax_loss
+from problems import KEY, dense, softmax_loss
 
-from nso_jax.curvature import GaussNewton, layers
+from nso_jax.curvature import GaussNewton, _kronecker
 from nso_jax.curvature.layers import layer_structure, subspace_overlap
 
 IN, OUT, CLASSES, EXAMPLES = 5, 4, 3, 40
@@ -158,8 +158,8 @@ def test_standard_error_is_that_of_the_error():
     """The errors from 60 sets of probes scatter as their standard errors say."""
     params, batch = network()
     inputs, outputs, dense = exact("second")
-    block = layers._Block(FUN, params, batch, 2, lambda: None)
-    found = [layers._error(key, block, inputs, outputs, 30) for key in jax.random.split(KEY, 60)]
+    block = _kronecker.Block(FUN, params, batch, 2, lambda: None)
+    found = [_kronecker.product_error(key, block, inputs, outputs, 30) for key in jax.random.split(KEY, 60)]
     error = np.linalg.norm(dense - np.kron(inputs, outputs)) / np.linalg.norm(dense)
     scores = [(value - error) / standard_error for value, standard_error in found]
     assert abs(np.mean(scores)) < 5 / np.sqrt(60)
@@ -275,6 +275,262 @@ def test_a_layer_does_not_depend_on_which_others_are_studied():
     jax.tree.map(np.testing.assert_array_equal, together, alone)
 
 
+# Layers with many inputs per example
+
+TIME, FEATURES = 3, 4  # the hidden layer is as wide as the inputs
+
+
+def sequences(examples=6, time=TIME):
+    """Weights stored (in, out), and inputs (examples, time, features)."""
+    rng = np.random.default_rng(3)
+    params = {
+        "first": jnp.asarray(rng.normal(size=(FEATURES, FEATURES))),
+        "second": jnp.asarray(rng.normal(size=(FEATURES, CLASSES))),
+    }
+    return params, jnp.asarray(rng.normal(size=(examples, time, FEATURES)) + 0.5)
+
+
+def attention(z):
+    """Each time step's mean of all, by their likeness to it."""
+    return jax.nn.softmax(jnp.einsum("...sf,...tf->...st", z, z), axis=-1) @ z
+
+
+def token_loss(hidden):
+    """(examples, time, features) to the loss of each example."""
+    return -jnp.sum(jax.nn.log_softmax(hidden)[..., 0], axis=-1)
+
+
+LINEAR_LOSSES = {
+    "expand": lambda z: jnp.sum(z**2, axis=(1, 2)),
+    "reduce": lambda z: jnp.sum(jnp.mean(z, axis=1) ** 2, axis=1),
+}
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("weight_sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("loss", ["expand", "reduce"])
+def test_each_form_is_exact_for_deep_linear_networks_with_its_loss(loss, weight_sharing):
+    """And only with its loss. The blocks are those of the dense Hessian."""
+    params, x = sequences()
+    fun = jax.jit(lambda p, x: jnp.mean(LINEAR_LOSSES[loss](x @ p["first"] @ p["second"])))
+    structures = layer_structure(KEY, fun, params, x, k=3, tol=1e-9, weight_sharing=weight_sharing)
+    for name, leaf in params.items():
+        block = dense(lambda w, x, name=name: fun({**params, name: w}, x), leaf, x)
+        factors = structures[f"['{name}']"].kronecker
+        product = np.kron(factors.input, factors.output)
+        distance = np.linalg.norm(block - product) / np.linalg.norm(block)
+        if loss == weight_sharing:
+            np.testing.assert_allclose(distance, 0, atol=1e-13)
+            np.testing.assert_allclose(factors.error, 0, atol=1e-13)
+            np.testing.assert_allclose(factors.overlap, 1, rtol=1e-9)
+        else:
+            assert distance > 0.1
+            assert abs(factors.error - distance) <= 5 * factors.error_standard_error
+        assert factors.output_standard_error == 0
+
+
+@functools.cache
+def attention_factors(time=TIME):
+    """Each form's factors of `first`, by the formulas, and the dense block; time steps mix after the layer."""
+    with jax.enable_x64(True):
+        params, x = sequences(time=time)
+        z = np.asarray(x @ params["first"])
+
+        def example_loss(z):
+            return token_loss(jnp.tanh(attention(z)) @ params["second"])
+
+        hessians = np.asarray(jax.jit(jax.vmap(jax.hessian(example_loss)))(z))  # (n, s, a, t, b)
+        x = np.asarray(x)
+        means = x.mean(axis=1)
+        block = np.einsum("nsi,njt,nsatb->iajb", x, x.transpose(0, 2, 1), hessians) / len(x)
+        expand = np.einsum("nti,ntj->ij", x, x) / len(x) / time, np.einsum("ntatb->ab", hessians) / len(x)
+        reduce = means.T @ means / len(x), np.einsum("nsatb->ab", hessians) / len(x)
+        return {"expand": expand, "reduce": reduce}, block.reshape(FEATURES**2, FEATURES**2)
+
+
+@jax.jit
+def attention_loss(params, x):
+    return jnp.mean(token_loss(jnp.tanh(attention(x @ params["first"])) @ params["second"]))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("weight_sharing", ["expand", "reduce"])
+def test_factors_are_those_of_the_formulas_where_time_steps_mix(weight_sharing):
+    params, x = sequences()
+    factors, block = attention_factors()
+    inputs, outputs = factors[weight_sharing]
+    found = measure(attention_loss, params, x, "first", k=3, tol=1e-9, weight_sharing=weight_sharing)
+    np.testing.assert_allclose(found.kronecker.input, inputs, rtol=1e-12)
+    np.testing.assert_allclose(found.kronecker.output, outputs, rtol=0, atol=1e-13)
+    assert found.kronecker.output_standard_error == 0
+    np.testing.assert_allclose(found.eigenpairs.values, np.linalg.eigvalsh(block)[::-1][:3], rtol=1e-9)
+    error = np.linalg.norm(block - np.kron(inputs, outputs)) / np.linalg.norm(block)
+    assert abs(found.kronecker.error - error) <= 5 * found.kronecker.error_standard_error
+
+
+def estimated(fun, seed, **options):
+    """The structure of `first` with more time steps than probes, and how many products its output took."""
+    params, x = sequences(time=8)
+    counts = []
+    found = layer_structure(
+        jax.random.key(seed),
+        fun,
+        params,
+        x,
+        k=1,
+        num_probes=7,
+        mask={"first": True, "second": False},
+        callback=counts.append,
+        **options,
+    )["['first']"]
+    return found.kronecker, counts[-1] - found.eigenpairs.num_products - 7
+
+
+@pytest.mark.usefixtures("x64")
+def test_more_time_steps_than_probes_are_estimated():
+    """The distances to the exact factor are as the standard errors say, in 4 independent runs."""
+    _, outputs = attention_factors(8)[0]["expand"]
+    ratios = []
+    for seed in range(4):
+        factors, products = estimated(attention_loss, seed)
+        assert products == (FEATURES + 1) + (2 + 7 * FEATURES)
+        distance = np.linalg.norm(factors.output - outputs) / np.linalg.norm(factors.output)
+        ratios.append(distance / factors.output_standard_error)
+        np.testing.assert_array_equal(factors.output, factors.output.T)
+    # Most of the error is in one direction of the matrix, so a ratio is about |t| with 6 degrees of freedom.
+    assert 0.15 < np.sqrt(np.mean(np.square(ratios))) < 3
+
+
+@pytest.mark.usefixtures("x64")
+def test_estimate_ends_when_it_is_good_enough():
+    """Time steps that mix a little: two draws of signs will do."""
+
+    def loss(params, x):
+        z = x @ params["first"]
+        return jnp.mean(token_loss((z + 0.01 * jnp.mean(z, axis=1, keepdims=True)) @ params["second"]))
+
+    factors, products = estimated(jax.jit(loss), 0)
+    assert products == (FEATURES + 1) + (2 + 2 * FEATURES)
+    assert 0 < factors.output_standard_error <= 0.01
+
+
+@pytest.mark.usefixtures("x64")
+def test_reduce_sees_nothing_of_the_keys_of_attention():
+    """One shift of all of them changes no weight of the mean: the factor is zero, and nothing mixes."""
+    params, x = sequences()
+
+    def loss(params, x):
+        weights = jax.nn.softmax(x @ (x @ params["first"]).transpose(0, 2, 1), axis=-1)
+        return jnp.mean(token_loss(weights @ x @ params["second"]))
+
+    structure = measure(jax.jit(loss), params, x, "first", k=1, num_probes=2, weight_sharing="reduce")
+    np.testing.assert_allclose(structure.kronecker.output, 0, atol=1e-14)
+    np.testing.assert_allclose(structure.kronecker.error, 1, rtol=1e-12)
+
+
+# A layer with many inputs, in every form and order: `w` is (in, out), `x` is (examples, time, in).
+
+
+def folded(w, x):
+    return (x.reshape(-1, x.shape[2]) @ w).reshape(*x.shape[:2], -1)
+
+
+def time_first(w, x):
+    return (x.transpose(1, 0, 2) @ w).transpose(1, 0, 2)
+
+
+def time_first_folded(w, x):
+    return folded(w, x.transpose(1, 0, 2)).transpose(1, 0, 2)
+
+
+def features_first(w, x):
+    return jax.vmap(lambda x: (w.T @ x.T).T)(x)
+
+
+def time_twice(w, x):
+    return jnp.einsum("nabi,io->nabo", x[:, None], w)[:, 0]
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("examples", [6, TIME, 1])
+@pytest.mark.parametrize("dense", [plain, folded, time_first, time_first_folded, features_first, time_twice])
+def test_inputs_of_an_example_are_found_in_every_order(dense, examples):
+    """As many examples as time steps, too. The factors of reduce tell which inputs are of one example."""
+    params, x = sequences(examples)
+    fun = jax.jit(lambda p, x: jnp.mean(LINEAR_LOSSES["reduce"](dense(p["first"], x) @ p["second"])))
+    factors = measure(fun, params, x, "first", k=1, num_probes=2, weight_sharing="reduce").kronecker
+    means = np.asarray(x).mean(axis=1)
+    np.testing.assert_allclose(factors.input, means.T @ means / examples, rtol=1e-12)
+    np.testing.assert_allclose(factors.output, 2 * params["second"] @ params["second"].T, rtol=1e-12)
+    np.testing.assert_allclose(factors.error, 0, atol=1e-13)
+
+
+@pytest.mark.usefixtures("x64")
+def test_leaves_of_more_dimensions_are_matrices():
+    """The kernels of attention: (in, heads, out of each) and back, here with axes in another order."""
+    params, x = sequences()
+    first, second = params["first"].reshape(FEATURES, 2, 2), params["second"].reshape(2, 2, CLASSES)
+
+    def loss(p, x):
+        z = jnp.einsum("nti,ihd->hntd", x, p["first"])
+        return jnp.mean(token_loss(jnp.einsum("hntd,ohd->nto", jnp.tanh(z), p["second"])))
+
+    as_matrices = jax.jit(lambda p, x: jnp.mean(token_loss(jnp.tanh(x @ p["first"]) @ p["second"])))
+    given = {"first": first, "second": second.transpose(2, 0, 1)}
+    found = layer_structure(KEY, jax.jit(loss), given, x, k=2, num_probes=2)
+    expected = layer_structure(KEY, as_matrices, params, x, k=2, num_probes=2)
+    for name, leaf in given.items():
+        factors, matrices = found[f"['{name}']"].kronecker, expected[f"['{name}']"].kronecker
+        np.testing.assert_allclose(factors.input, matrices.input, rtol=1e-10)
+        np.testing.assert_allclose(factors.output, matrices.output, rtol=0, atol=1e-13)
+        np.testing.assert_allclose(factors.eigenvalues, matrices.eigenvalues, rtol=1e-9)
+        np.testing.assert_allclose(factors.overlap, matrices.overlap, rtol=1e-2)
+        assert factors.vectors[0].shape == leaf.shape
+    np.testing.assert_allclose(
+        found["['first']"].kronecker.error, expected["['first']"].kronecker.error, rtol=1e-9
+    )
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("weight_sharing", ["expand", "reduce"])
+def test_batches_of_unequal_lengths_count_by_their_examples(weight_sharing):
+    """And in expand, their inputs by their time steps."""
+    params, x = sequences()
+    batches = [x[:2, :2], x[2:]]
+    fun = jax.jit(lambda p, x: jnp.mean(token_loss(x @ p["first"] @ p["second"])))
+    factors = measure(
+        fun, params, batches, "first", k=1, num_probes=2, weight_sharing=weight_sharing
+    ).kronecker
+
+    def hessian(x):
+        loss = lambda z: token_loss(z @ params["second"])  # noqa: E731
+        return np.asarray(jax.hessian(loss)(jnp.asarray(x @ params["first"])))
+
+    examples = [np.asarray(example) for batch in batches for example in batch]
+    rows = (
+        np.concatenate(examples)
+        if weight_sharing == "expand"
+        else np.stack([e.mean(axis=0) for e in examples])
+    )
+    terms = "tatb->ab" if weight_sharing == "expand" else "satb->ab"
+    outputs = np.mean([np.einsum(terms, hessian(example)) for example in examples], axis=0)
+    np.testing.assert_allclose(factors.input, rows.T @ rows / len(rows), rtol=1e-12)
+    np.testing.assert_allclose(factors.output, outputs, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("weight_sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("num_probes", [5, 4])
+def test_mixed_examples_have_no_factors_with_many_inputs_either(weight_sharing, num_probes):
+    def normalised(params, x):
+        z = x @ params["w"]
+        return jnp.tanh(z / jnp.std(z, axis=(0, 1), keepdims=True))
+
+    fun = GaussNewton(normalised, lambda outputs, x: jnp.mean(outputs**2))
+    options = {"k": 1, "num_probes": num_probes, "weight_sharing": weight_sharing}
+    structure = measure(fun, {"w": normal(3, 2)}, normal(8, 5, 3), "w", **options)
+    assert structure.reason == "examples mix after the layer: its output for one changes the loss of others."
+
+
 # Layers of the libraries
 
 
@@ -305,6 +561,27 @@ def test_flax_linen(remat):
     variables = {"body": {"kernel": first["w"], "bias": first["b"]}, "head": {"kernel": second["w"]}}
     forward = lambda p, batch: Network().apply({"params": p}, batch[0])  # noqa: E731
     assert_has_the_factors_of_the_network(forward, variables, batch, "['body']['kernel']", (IN, OUT))
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_attention_of_flax():
+    """All kernels: (features, heads, head_dim) for queries, keys and values, (heads, head_dim, features) back."""
+    linen = pytest.importorskip("flax.linen")
+    layer = linen.MultiHeadDotProductAttention(num_heads=2, qkv_features=4, use_bias=False)
+    x = normal(5, 2, 4)
+    params = jax.jit(layer.init)(KEY, x)["params"]
+    forward = jax.jit(lambda p, x: layer.apply({"params": p}, x))
+    fun = GaussNewton(forward, jax.jit(lambda outputs, x: jnp.mean(outputs**2)))
+    found = layer_structure(KEY, fun, params, x, k=1, num_probes=2)
+    assert list(found) == [f"['{name}']['kernel']" for name in ("key", "out", "query", "value")]
+    for structure in found.values():
+        assert structure.reason == ""
+        assert structure.kronecker.input.shape == structure.kronecker.output.shape == (4, 4)
+        assert structure.kronecker.vectors[0].shape == structure.eigenpairs.vectors[0].shape
+        assert structure.kronecker.output_standard_error == 0
+    np.testing.assert_array_equal(
+        found["['key']['kernel']"].kronecker.input, found["['value']['kernel']"].kronecker.input
+    )
 
 
 @pytest.mark.usefixtures("x64", "standard_promotion")
@@ -386,7 +663,17 @@ def test_embedding_has_no_factors():
     ],
 )
 def test_tied_weights_have_no_factors(tied):
-    assert reason_for(tied, normal(3, 3), normal(8, 3)) == "the leaf is used more than once."
+    assert reason_for(tied, normal(3, 3), normal(8, 3)) == (
+        "the leaf is used more than once, in dot_general and dot_general: its block is the sum of a term for "
+        "each use and one for each pair, which the factors of one layer do not give."
+    )
+
+
+def test_tied_embedding_is_used_more_than_once():
+    reason = reason_for(
+        lambda p, i: jnp.tanh(p["w"][i]) @ p["w"].T, normal(5, 3), jnp.array([[0, 1, 3], [4, 4, 2]])
+    )
+    assert reason.startswith("the leaf is used more than once, in gather and dot_general: ")
 
 
 def test_penalty_is_another_use():
@@ -397,7 +684,9 @@ def test_penalty_is_another_use():
 
     structure = measure(loss, params, batch, "['first']['w']", k=1)
     assert structure.kronecker is None
-    assert "the leaf goes into integer_pow" in structure.reason or "into square" in structure.reason
+    assert "used more than once, in dot_general and integer_pow" in structure.reason.replace(
+        "square", "integer_pow"
+    )
 
 
 def test_loop_has_no_factors():
@@ -408,13 +697,27 @@ def test_loop_has_no_factors():
     assert reason == "the leaf goes into scan, and not into the matrix product of a dense layer."
 
 
-def test_sequences_have_no_factors():
-    reason = reason_for(lambda p, x: jnp.tanh(x @ p["w"]), normal(3, 2), normal(8, 5, 3))
-    assert (
-        reason == "the leaf is multiplied with an array of shape (8, 5, 3), not with one vector per example."
+def test_number_of_vectors_that_is_no_multiple_has_no_factors():
+    reason = reason_for(lambda p, x: jnp.tanh(x[1:] @ p["w"]), normal(3, 2), normal(8, 5, 3))
+    assert reason == "the layer is applied to 7 x 5 vectors in a batch of 8 examples."
+
+
+def test_vectors_that_are_of_no_example_have_no_factors():
+    table = jnp.asarray(np.random.default_rng(0).normal(size=(16, 3)), jnp.float32)
+    reason = reason_for(lambda p, x: x + jnp.mean((table @ p["w"]) ** 2), normal(3, 2), normal(8, 3))
+    assert reason == (
+        "the layer is applied to 16 vectors in a batch of 8, and which are of one example cannot be told: its "
+        "inputs do not keep to their examples when these change places."
     )
-    reason = reason_for(lambda p, x: jnp.tanh(x.reshape(-1, 3) @ p["w"]), normal(3, 2), normal(8, 5, 3))
-    assert reason == "the layer is applied to 40 vectors in a batch of 8."
+
+
+def test_product_over_axes_in_the_middle_has_no_factors():
+    reason = reason_for(
+        lambda p, x: jnp.einsum("nti,hid->nthd", x, p["w"]) ** 2, normal(2, 3, 4), normal(8, 5, 3)
+    )
+    assert reason == (
+        "the leaf is multiplied along its axes [1], neither its first nor its last ones, so it is no matrix there."
+    )
 
 
 def test_weight_of_each_example_has_no_factors():
@@ -425,7 +728,7 @@ def test_weight_of_each_example_has_no_factors():
     )
     assert "goes into broadcast_in_dim" in reason
     reason = reason_for(lambda p, x: jax.vmap(jnp.dot)(x, p["w"])[:, None] ** 2, normal(8, 3), normal(8, 3))
-    assert reason == "the leaf is multiplied with an array of shape (8, 3), not with one vector per example."
+    assert reason == "the leaf is multiplied with an array of shape (8, 3), not with vectors of examples."
 
 
 def test_own_derivative_rule_is_not_followed():
@@ -488,6 +791,11 @@ def test_bias_has_no_factors():
     [
         ({"k": 0}, ValueError, "k: expected an int >= 1, got 0."),
         ({"num_probes": 1}, ValueError, "num_probes: expected an int >= 2, got 1."),
+        (
+            {"weight_sharing": "sum"},
+            ValueError,
+            "weight_sharing: expected one of 'expand', 'reduce', got 'sum'.",
+        ),
         ({"tol": 0.0}, ValueError, "tol: expected a positive, finite number, got 0.0."),
         ({"mask": False}, ValueError, "mask: selects no leaf of params that has entries."),
         ({"mask": {"first": True}}, ValueError, "mask: not a prefix"),
