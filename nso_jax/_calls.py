@@ -89,7 +89,7 @@ def check_aux_modes(aux: PyTree, modes: tuple[str, ...]) -> None:
     for mode in jax.tree.leaves(aux):
         if not isinstance(mode, str) or mode not in modes:
             raise ValueError(
-                f"aux: expected {', '.join(map(repr, modes))}, or a pytree of them, got {mode!r}."
+                f"aux: expected one of {', '.join(map(repr, modes))}, or a pytree of them, got {mode!r}."
             )
 
 

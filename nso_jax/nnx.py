@@ -95,9 +95,7 @@ def value_and_grad(
     References:
       Zhang, Li and Ju, Noise Stability Optimization for Finding Flat Minima, arXiv 2306.08553, 2023.
     """
-    if "argnums" in options:
-        raise TypeError("argnums: the model is the first argument; choose its variables with wrt.")
-    _check_mesh(method, mesh, num_microbatches, weight)
+    _check_arguments(method, mesh, num_microbatches, weight, options)
     in_wrt = nnx.filterlib.to_predicate(wrt)
     argnums = batch_numbers(batch_argnums) if mesh is not None else ()
 
@@ -248,7 +246,11 @@ def microbatch(
     return microbatched
 
 
-def _check_mesh(method: Any, mesh: Any, num_microbatches: Any, weight: Any) -> None:
+def _check_arguments(
+    method: Any, mesh: Any, num_microbatches: Any, weight: Any, options: dict[str, Any]
+) -> None:
+    if "argnums" in options:
+        raise TypeError("argnums: the model is the first argument; choose its variables with wrt.")
     while isinstance(method, functools.partial):
         method = method.func
     if method is parallel.value_and_grad:

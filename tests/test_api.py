@@ -63,27 +63,31 @@ API = {
     "noise.uniform": "key: jax.Array, shape: tuple[int, ...]=(), dtype: Any=jnp.float32 -> jax.Array",
     "parallel.microbatch": """
         fn: Callable[..., PyTree], num_microbatches: int, *, batch_argnums: int | Sequence[int]=(1,),
-        axis_name: AxisName | None=None, independent_draws: bool=True -> Callable[..., PyTree]
+        weight: Weight | None=None, aux: PyTree='mean', axis_name: AxisName | None=None,
+        independent_draws: bool=True -> Callable[..., PyTree]
     """,
     "parallel.value_and_grad": """
         fun: Callable[..., Any], *, mesh: jax.sharding.Mesh,
         method: Callable[..., Any]=gradients.value_and_grad, axis_name: AxisName='data',
-        batch_argnums: int | Sequence[int]=(1,), num_microbatches: int=1, independent_draws: bool=True,
-        **options: Any -> Callable[..., tuple[Any, PyTree]]
+        batch_argnums: int | Sequence[int]=(1,), num_microbatches: int=1, weight: Weight | None=None,
+        aux: PyTree='mean', independent_draws: bool=True, **options: Any -> Callable[..., tuple[Any, PyTree]]
     """,
     "nnx.value_and_grad": """
         fun: Callable[..., Any], *, method: Callable[..., Any]=gradients.value_and_grad,
-        wrt: nnx.filterlib.Filter=nnx.Param, has_aux: bool=False, aux: PyTree='mean', **options: Any
+        wrt: nnx.filterlib.Filter=nnx.Param, has_aux: bool=False, aux: PyTree='mean',
+        mesh: jax.sharding.Mesh | None=None, batch_argnums: int | Sequence[int]=(1,),
+        num_microbatches: int=1, weight: Weight | None=None, **options: Any
         -> Callable[..., tuple[Any, nnx.State]]
     """,
     "nnx.microbatch": """
         fn: Callable[..., PyTree], num_microbatches: int, *, batch_argnums: int | Sequence[int]=(1,),
-        axis_name: AxisName | None=None, independent_draws: bool=True -> Callable[..., PyTree]
+        weight: Weight | None=None, aux: PyTree='mean', axis_name: AxisName | None=None,
+        independent_draws: bool=True -> Callable[..., PyTree]
     """,
     "sharpness.sam": """
         fun: Callable[..., Any], *, rho: Any, mask: PyTree=None, argnums: int | Sequence[int]=0,
-        has_aux: bool=False, axis_name: AxisName | None=None, global_ascent: bool=False,
-        param_specs: PyTree=None -> Callable[..., tuple[Any, PyTree]]
+        has_aux: bool=False, aux: PyTree='mean', axis_name: AxisName | None=None,
+        global_ascent: bool=False, param_specs: PyTree=None -> Callable[..., tuple[Any, PyTree]]
     """,
     "sharpness.usam": """
         fun: Callable[..., Any], *, rho: Any, **options: Any -> Callable[..., tuple[Any, PyTree]]

@@ -671,7 +671,7 @@ def vg(fun=sum_of_fourth_powers, **options):
         (lambda k: vg(param_specs=P("data"))(k, W), ValueError, "param_specs: there is no mapped axis 'data' here"),
         (lambda _: vg(antithetic=1), TypeError, "antithetic: expected True or False, got 1"),
         (lambda _: vg(sampler="normal"), TypeError, "sampler: expected a function .* got 'normal'"),
-        (lambda _: vg(aux="first"), ValueError, "aux: expected 'mean', 'stack' or 'clean', got 'first'"),
+        (lambda _: vg(aux="first"), ValueError, "aux: expected one of 'mean', 'sum', 'concatenate', .*'first'"),
         (lambda k: vg(sigma=-1)(k, W), ValueError, r"sigma: .* >= 0 for leaf \['n'\], got -1"),
         (lambda k: vg(sigma=jnp.nan)(k, W), ValueError, "sigma: .* got nan"),
         (lambda k: vg(sigma={"w": 0.1})(k, W), ValueError, "sigma: not a prefix"),

@@ -482,7 +482,7 @@ def test_in_nnx_one_argument_changes(key, method, standard_promotion):
 
 
 def test_aux_modes_are_not_for_the_rivals():
-    with pytest.raises(TypeError, match="aux: 'stack' is for nso_jax"):
+    with pytest.raises(ValueError, match="aux: expected one of 'mean', 'sum', 'concatenate', or a pytree"):
         nso_jax.nnx.value_and_grad(lambda model: 0.0, method=sharpness.sam, rho=RHO, aux="stack")
 
 
