@@ -227,51 +227,53 @@ class Case(NamedTuple):
 
 def expected(case, *, folded=False, weight=None):
     """Value, auxiliary output and gradient of the mean over devices, parts and evaluations, on one device."""
-    params, batch, keys, rngs = case.params, case.divided(), case.keys(), case.rngs(folded)
-    signs = (1, -1) if case.antithetic else (1,)
-    weights = jnp.ones((case.devices, case.parts)) if weight is None else weight(batch)
 
-    def evaluate(params, u):
-        """The losses of all devices and parts, at noise with these leading axes."""
-        moved = jax.tree.map(lambda w, u: jnp.broadcast_to(w, u.shape) + u, params, u)
-        of_part = jax.vmap(with_aux(case.loss), in_axes=(0, 0, None if rngs is None else 0), axis_name=AXIS)
-        over_parts = jax.vmap(of_part, in_axes=(1, 1, None if rngs is None else 1), out_axes=1)
-        return over_parts(moved, batch, rngs)
+    @jax.jit
+    def compute(params, batch):
+        keys, rngs = case.keys(), case.rngs(folded)
+        signs = jnp.array([1.0, -1.0] if case.antithetic else [1.0])
+        weights = jnp.ones((case.devices, case.parts)) if weight is None else weight(batch)
 
-    def noises(key):
-        return jax.vmap(lambda k: noise.perturbation(k, params, case.sigma, sampler=waves))(
-            jax.random.split(key, case.draws)
-        )
+        def mean(values):
+            return jnp.sum(jnp.where(weights == 0, 0, weights * values)) / jnp.sum(weights)
 
-    def mean(values):
-        return jnp.sum(jnp.where(weights == 0, 0, weights * values)) / jnp.sum(weights)
+        def draw(key):
+            u = noise.perturbation(key, params, case.sigma, sampler=waves)
+            return jax.tree.map(lambda u: signs.reshape(-1, *(1,) * u.ndim) * u, u)
 
-    draws = jax.vmap(jax.vmap(noises))(keys)  # (devices, parts, draws)
-    still = jax.tree.map(lambda u: jnp.zeros_like(u[:, :, 0]), draws)
-    points = [
-        jax.tree.map(lambda u, j=j, s=s: s * u[:, :, j], draws) for j in range(case.draws) for s in signs
-    ]
+        def draws(key):
+            """With an axis of the evaluations, +1, -1, +2, -2, ..., and that without noise last."""
+            us = jax.vmap(draw)(jax.random.split(key, case.draws))
+            us = jax.tree.map(lambda u: u.reshape(-1, *u.shape[2:]), us)
+            return jax.tree.map(lambda u: jnp.concatenate([u, jnp.zeros_like(u[:1])]), us)
 
-    def total(params):
-        noisy = [evaluate(params, u) for u in points]
-        at_mean = sum(mean(value) for value, _ in noisy) / len(points)
-        value = case.clean_weight * mean(evaluate(params, still)[0]) + (1 - case.clean_weight) * at_mean
-        return value, [aux for _, aux in noisy] + [evaluate(params, still)[1]]
+        points = jax.vmap(jax.vmap(draws, out_axes=1), out_axes=1)(keys)  # (evaluations, devices, parts)
 
-    (value, auxes), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(params)
-    noisy, clean = auxes[:-1], auxes[-1]
+        def evaluate(params, u):
+            """The losses of all devices and parts."""
+            moved = jax.tree.map(lambda w, u: jnp.broadcast_to(w, u.shape) + u, params, u)
+            of_device = (0, 0, None if rngs is None else 0)
+            of_part = jax.vmap(with_aux(case.loss), in_axes=of_device, axis_name=AXIS)
+            over_parts = jax.vmap(of_part, in_axes=(1, 1, None if rngs is None else 1), out_axes=1)
+            return over_parts(moved, batch, rngs)
 
-    def mixed(get):
-        share = case.clean_weight
-        return share * get(clean) + (1 - share) * sum(map(get, noisy)) / len(noisy)
+        def total(params):
+            values, aux = jax.vmap(evaluate, in_axes=(None, 0))(params, points)
+            return mixed(jax.vmap(mean)(values)), aux
 
-    of_example = mixed(lambda aux: jnp.swapaxes(aux["of_example"], 1, 2).reshape(-1))
-    aux = {
-        "count": sum(jnp.sum(aux["count"]) for aux in noisy),
-        "of_example": of_example,
-        "mean": mixed(lambda aux: mean(aux["mean"])),
-    }
-    return value, aux, grads
+        def mixed(x):
+            noisy = x[:-1].mean(axis=0)
+            return case.clean_weight * x[-1] + (1 - case.clean_weight) * noisy
+
+        (value, aux), grads = jax.value_and_grad(total, has_aux=True)(params)
+        aux = {
+            "count": jnp.sum(aux["count"][:-1]),
+            "of_example": jnp.swapaxes(mixed(aux["of_example"]), 1, 2).reshape(-1),
+            "mean": mixed(jax.vmap(mean)(aux["mean"])),
+        }
+        return value, aux, grads
+
+    return compute(case.params, case.divided())
 
 
 def assert_same(result, reference):
