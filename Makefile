@@ -1,11 +1,11 @@
-# All that this needs is Python 3.11 or newer: each target makes what it lacks in .venv, .venv-oldest, .venv-newest.
+# All that this needs is Python 3.11 or newer: each target makes what it lacks in .venv, .venv-docs, .venv-oldest, .venv-newest.
 PYTHON ?= python3
 NEWEST ?= $(or $(shell for version in 3.14 3.13 3.12; do \
 	PYENV_VERSION=$$version python$$version -c 'import sys; print(sys.executable)' 2>/dev/null && break; done),$(PYTHON))
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test test-oldest test-newest nightly reliability lint clean
+.PHONY: demo docs test test-oldest test-newest nightly reliability lint clean
 
 demo: $(READY)
 	$(BIN)/python -m benchmarks demo
@@ -32,6 +32,10 @@ nightly: $(READY)
 reliability: $(READY)
 	$(BIN)/python -m benchmarks reliability
 
+# Warnings are errors; the pages need no network, to be built or to be read.
+docs: .venv-docs/ready
+	.venv-docs/bin/python -m sphinx -W --keep-going -j 2 -q docs docs/_build/html
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -54,5 +58,10 @@ $(READY): pyproject.toml nso_jax/__init__.py
 	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[dev]'
 	touch $@
 
+.venv-docs/ready: pyproject.toml nso_jax/__init__.py
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --editable '.[docs]'
+	touch $@
+
 clean:
-	rm -rf .venv .venv-oldest .venv-newest runs dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-docs .venv-oldest .venv-newest docs/_build docs/notebooks docs/_static/tex-svg.js runs dist .mypy_cache .pytest_cache .ruff_cache
