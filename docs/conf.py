@@ -91,7 +91,7 @@ def _escaped(line: str) -> str:
     )
 
 
-def skip_fields(_: Sphinx, kind: str, name: str, value: Any, skip: bool, options: Any) -> bool | None:  # noqa: FBT001  # Sphinx calls it so
+def skip_fields(_: Sphinx, kind: str, name: str, value: Any, skip: bool, options: Any) -> bool | None:
     """Leaves out a named tuple's fields, which its docstring explains."""
     del kind, name, skip, options
     return True if type(value).__name__ == "_tuplegetter" else None
