@@ -5,7 +5,7 @@ NEWEST ?= $(or $(shell for version in 3.14 3.13 3.12; do \
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo docs test test-oldest test-newest nightly reliability lint clean
+.PHONY: demo dist docs test test-oldest test-newest nightly reliability lint clean
 
 demo: $(READY)
 	$(BIN)/python -m benchmarks demo
@@ -36,6 +36,12 @@ reliability: $(READY)
 docs: .venv-docs/ready
 	.venv-docs/bin/python -m sphinx -W --keep-going -j 2 -q docs docs/_build/html
 
+# What goes to PyPI, and whether it can show the README.
+dist: .venv-docs/ready
+	rm -rf dist
+	.venv-docs/bin/python -m build --outdir dist
+	.venv-docs/bin/python -m twine check --strict dist/*
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -60,7 +66,7 @@ $(READY): pyproject.toml nso_jax/__init__.py
 
 .venv-docs/ready: pyproject.toml nso_jax/__init__.py
 	$(PYTHON) -m venv .venv-docs
-	.venv-docs/bin/python -m pip install --quiet --editable '.[docs]'
+	.venv-docs/bin/python -m pip install --quiet --editable '.[docs]' build twine
 	touch $@
 
 clean:

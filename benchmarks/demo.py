@@ -210,7 +210,7 @@ def caption(results: dict[str, Any]) -> str:
         f"{100 * settings['wrong_labels']:.0f} % of them with a wrong label. "
         f"The {settings['num_test']:,} test images are always the same, with right labels. "
         f"Every method takes {settings['gradient_evaluations']:,} gradient evaluations "
-        f"on {settings['batch_size']} images each. wp-sgd: one-sided noise, two draws in a step; nso: a pair. "
+        f"on {settings['batch_size']} images each. wp-sgd: one-sided, two draws in a step; nso: a pair. "
         "Loss gap: test loss minus training loss, "
         "with as many wrong labels in both. "
         "Trace and largest eigenvalue: of the Hessian of the training loss over all training images, in "

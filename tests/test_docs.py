@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import re
+import tomllib
 from pathlib import Path
 
 import jax
@@ -59,3 +60,13 @@ def test_the_reference_has_every_public_name():
         r"^   nso_jax\.(\S+)$", (ROOT / "docs" / "api" / "index.md").read_text(), re.MULTILINE
     )
     assert sorted(listed) == sorted(PUBLIC)
+
+
+def test_on_pypi_the_readme_has_no_links_to_files_beside_it():
+    hook = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["metadata"]["hooks"]
+    text = README.read_text()
+    for substitution in hook["fancy-pypi-readme"]["substitutions"]:
+        text = re.sub(substitution["pattern"], substitution["replacement"], text)
+    targets = re.findall(r"\]\(([^)]+)\)", text)
+    assert all(target.startswith("https://") for target in targets)
+    assert any(target.endswith("/main/docs/_static/valley.png") for target in targets)
