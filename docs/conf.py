@@ -38,6 +38,8 @@ myst_heading_anchors = 3
 nb_execution_mode = "off"  # notebooks are shown as they are stored; the tests run them
 
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
+autodoc_typehints = "none"  # docstrings say what is expected, more precisely
 autosummary_generate = False
 python_maximum_signature_line_length = 90
 add_module_names = False
@@ -56,6 +58,7 @@ html_theme_options = {
     "use_repository_button": True,
     "use_download_button": False,
     "use_fullscreen_button": False,
+    "navbar_persistent": [],  # the sidebar has the search field
     "show_navbar_depth": 1,
     "show_toc_level": 2,
 }

@@ -12,6 +12,7 @@ from test_api import PUBLIC
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+API = ROOT / "docs" / "api"
 PAGES = [README, *sorted(path for path in ROOT.glob("docs/**/*.md") if "_build" not in path.parts)]
 # What only one page uses, and the tests do without where it is not installed.
 OPTIONAL = {"haiku": "haiku", "keras": "keras"}
@@ -56,10 +57,10 @@ def test_files_that_a_page_leads_to_exist(page):
 
 
 def test_the_reference_has_every_public_name():
-    listed = re.findall(
-        r"^   nso_jax\.(\S+)$", (ROOT / "docs" / "api" / "index.md").read_text(), re.MULTILINE
-    )
+    listed = re.findall(r"^   nso_jax\.(\S+)$", (API / "index.md").read_text(), re.MULTILINE)
     assert sorted(listed) == sorted(PUBLIC)
+    of_curvature = re.findall(r"^.. auto\w+:: (\w+)$", (API / "curvature.md").read_text(), re.MULTILINE)
+    assert [f"curvature.{name}" for name in of_curvature] == [name for name in listed if "curvature" in name]
 
 
 def test_on_pypi_the_readme_has_no_links_to_files_beside_it():
