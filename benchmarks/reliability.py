@@ -10,10 +10,9 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from matplotlib.figure import Figure
 from rich.progress import Progress
 
-from benchmarks import arguments, kills, numerics, plots, round_trips, soak, supply
+from benchmarks import arguments, kills, numerics, round_trips, soak, supply
 from benchmarks.files import ROOT, UserError
 from benchmarks.trials import Advance, Trials
 
@@ -80,21 +79,11 @@ def rows(results: dict[str, Any]) -> list[list[str]]:
 def caption(results: dict[str, Any]) -> str:
     """What the table shows, row by row."""
     machine, seconds = results["machine"], sum(row["seconds"] for row in results["rows"])
-    notes = " ".join(f"*{row['fault']}*: {row['note']}." for row in results["rows"])
+    notes = "\n".join(f"- *{row['fault']}*: {row['note']}." for row in results["rows"])
     return (
-        f"{notes} All in {seconds / 60:.0f} minutes "
+        f"{notes}\n\nAll in {seconds / 60:.0f} minutes "
         f"on {machine['cpu_count']} CPU cores ({machine['device']})."
     )
-
-
-def plot(results: dict[str, Any]) -> bytes:
-    """The memory of the process over a long training, as PNG."""
-    figure = Figure(figsize=(5, 3.2), layout="constrained")
-    axes = figure.subplots()
-    steps, mebibytes = (results["soak"][name] for name in ("steps", "mebibytes"))
-    axes.plot(steps, mebibytes, color=plots.colour("nso"), linewidth=2)
-    axes.set(title="Memory of a training process (MiB)", xlabel="steps", ylim=(0, 1.2 * max(mebibytes)))
-    return plots.finish(figure)
 
 
 def _lost(row: dict[str, Any]) -> int:

@@ -18,13 +18,10 @@ from benchmarks.table import Tabular
 
 
 class Benchmark(Tabular, Protocol):
-    """A module that is a command."""
+    """A module that is a command. Most have `plot(results)` too, the figures as a picture, PNG."""
 
     def run(self, options: Any, progress: Progress, /) -> dict[str, Any]:
         """The figures, ready for JSON, among them the settings."""
-
-    def plot(self, results: dict[str, Any], /) -> bytes:
-        """The figures as a picture, PNG."""
 
 
 def measure(benchmark: Benchmark, name: str, options: Any) -> dict[str, str | bytes]:
@@ -45,11 +42,13 @@ def measure(benchmark: Benchmark, name: str, options: Any) -> dict[str, str | by
     results = json.loads(text)
     print_table(console, benchmark, results)
     title = f"{name}-{results['name']}" if "name" in results else name
-    return {
+    files: dict[str, str | bytes] = {
         f"{title}.json": text,
         f"{title}.md": table.markdown(benchmark, results),
-        f"{title}.png": benchmark.plot(results),
     }
+    if plot := getattr(benchmark, "plot", None):
+        files[f"{title}.png"] = plot(results)
+    return files
 
 
 def environment() -> dict[str, Any]:

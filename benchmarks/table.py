@@ -1,7 +1,8 @@
-"""Figures as text: numbers, tables in Markdown, their copies in README.md, and JSON."""
+"""Figures as text: numbers, tables in Markdown, their copies in README.md and docs, and JSON."""
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -38,11 +39,16 @@ def grid(lines: Sequence[Sequence[str]], texts: Sequence[int] = (0,)) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, ruler, *others))
 
 
-def replace_in(readme: str, name: str, text: str) -> str:
-    """The README with a text between the two marks of a name, `<!-- name -->` and `<!-- /name -->`.
+def marked(page: str) -> list[str]:
+    """The names of the tables that a page has marks for, as `<!-- name-table -->`."""
+    return re.findall(r"<!-- ([\w-]+)-table -->", page)
+
+
+def replace_in(page: str, name: str, text: str) -> str:
+    """The page with a text between the two marks of a name, `<!-- name -->` and `<!-- /name -->`.
 
     Args:
-        readme: The README.
+        page: The page.
         name: That of the marks.
         text: What goes between them.
 
@@ -50,10 +56,10 @@ def replace_in(readme: str, name: str, text: str) -> str:
         UserError: The marks are missing.
     """
     marks = f"<!-- {name} -->", f"<!-- /{name} -->"
-    before, begin, rest = readme.partition(marks[0])
+    before, begin, rest = page.partition(marks[0])
     _, end, after = rest.partition(marks[1])
     if not end:
-        raise UserError(f"README.md lacks the marks {marks[0]} and {marks[1]}")
+        raise UserError(f"the page lacks the marks {marks[0]} and {marks[1]}")
     return f"{before}{begin}\n{text}{end}{after}"
 
 

@@ -193,7 +193,9 @@ def rows(results: dict[str, Any]) -> list[list[str]]:
 def caption(results: dict[str, Any]) -> str:
     """What the table shows, in a few sentences."""
     settings = results["settings"]
-    measured, trained = (", ".join(map(str, settings[f"{of}_widths"])) for of in ("measured", "trained"))
+    # One network for both, in results of before.
+    widths = [settings.get(f"{of}_widths", settings.get("widths")) for of in ("measured", "trained")]
+    measured, trained = (", ".join(map(str, each)) for each in widths)
     tasks = ". ".join(
         f"Labels {name}: {task['num_train']} images, learning rate {task['learning_rate']:g}, "
         "weight decay " + ", ".join(f"{decay:g} ({method})" for method, decay in task["weight_decay"].items())

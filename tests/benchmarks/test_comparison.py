@@ -87,9 +87,28 @@ def fabricated():
 
 def test_claims_are_those_of_the_figures():
     told = comparison.claims(fabricated())
-    assert "The Hessian trace is lower than that of asam" in told
-    assert "nso 50 % (50 to 50)" in told
+    assert "The Hessian trace, against that of asam" in told
+    assert "nso 50 % lower (50 to 50)" in told
     assert "ahead of sam and sgd, seed by seed: nso -5.0 ± 0.0 and +15.0 ± 0.0." in told
+
+
+@pytest.mark.parametrize(
+    ("traces", "told"),
+    [
+        ((4.0, 4.0), "100 % higher (100 to 100)"),
+        ((1.0, 1.0), "50 % lower (50 to 50)"),
+        ((2.0, 2.0), "the same (0 to 0)"),
+        ((1.9, 2.3), "5 % higher (from 69 % lower to 252 % higher)"),
+    ],
+)
+def test_what_is_higher_and_what_is_lower_is_said_in_words(traces, told):
+    """With two seeds, Student's quantile is 12.7: exp(.0447 +- 12.7 * .1351 / sqrt(2)) - 1 is the last interval."""
+    runs = [
+        {"method": name, "trace": trace}
+        for name, values in (("nso", traces), ("sam", (2.0, 2.0)))
+        for trace in values
+    ]
+    assert comparison._against({"runs": runs}, "nso", "sam", "trace") == told
 
 
 def test_gradients_that_make_no_whole_steps_are_refused(tmp_path, capsys):

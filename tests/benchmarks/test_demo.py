@@ -153,27 +153,31 @@ def test_a_run_that_had_done_nothing_gives_way(tmp_path):
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["settings"] == {"seeds": 2}
 
 
-def test_publish_copies_to_the_results_and_the_readme(output, results, tmp_path, monkeypatch):
+def test_publish_copies_to_the_results_and_the_pages(output, results, tmp_path, monkeypatch):
+    page, other = tmp_path / "page.md", tmp_path / "other.md"
     monkeypatch.setattr(cli, "RESULTS", tmp_path)
-    monkeypatch.setattr(cli, "README", tmp_path / "README.md")
-    others = [name for name in cli.TABLES if name != "demo"]
-    for name in others:
-        shutil.copy(ROOT / "benchmarks" / "results" / f"{name}.json", tmp_path)
-    marks = "".join(f"<!-- {name}-table --><!-- /{name}-table -->\n" for name in others)
-    cli.README.write_text(f"before\n<!-- demo-table -->\nold\n<!-- /demo-table -->\n{marks}after\n")
+    monkeypatch.setattr(cli, "PAGES", (page, other))
+    shutil.copy(ROOT / "benchmarks" / "results" / "precision.json", tmp_path)
+    page.write_text("before\n<!-- demo-table -->\nold\n<!-- /demo-table -->\nafter\n")
+    marks = "".join(
+        f"<!-- {name}-table --><!-- /{name}-table -->\n" for name in ("precision", "precision-figures")
+    )
+    other.write_text(marks)
     assert cli.main(["publish", "--out", str(output)]) == 0
     assert json.loads((tmp_path / "demo.json").read_text()) == results
     assert (tmp_path / "demo-surface.png").read_bytes() == (output / "surface.png").read_bytes()
     for method in ("sgd", "nso"):
         published = (tmp_path / f"demo-{method}.safetensors").read_bytes()
         assert published == (output / f"{method}.safetensors").read_bytes()
-    text = cli.README.read_text()
+    text, figures = page.read_text(), other.read_text()
     assert table.markdown(demo, results) in text
     assert "\nold\n" not in text
     assert text.startswith("before\n<!-- demo-table -->\n")
     assert text.endswith("-table -->\nafter\n")
-    cli.main(["readme"])
-    assert cli.README.read_text() == text
+    assert "| weights in | sigma 0.0001 |" in figures
+    assert "| weights in | sigma | do not move (%) |" in figures
+    cli.main(["tables"])
+    assert (page.read_text(), other.read_text()) == (text, figures)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +215,7 @@ def test_mistakes_are_told_in_one_line(arguments, expected, tmp_path, monkeypatc
         (["demo", "--epochs", "3"], "Unrecognized options: --epochs"),
         (["demo", "--wrong-labels", "nan"], "--wrong-labels: expected a number from 0 to 1, got 'nan'"),
         (["publish", "--seeds", "3"], "Unrecognized options: --seeds"),
-        (["readme", "now"], ": now"),
+        (["tables", "now"], ": now"),
     ],
 )
 def test_wrong_options_are_told(arguments, expected, tmp_path, monkeypatch, capsys):
@@ -344,13 +348,25 @@ def test_table_of_one_seed_has_no_deviation():
     assert demo.rows(_results([0.9], [3.0]))[0][1:4] == ["90.0", "0.010", "900"]
 
 
-def test_readme_without_marks_is_refused():
+@pytest.mark.parametrize("page", ["# nso_jax\n", "<!-- demo-table -->\n", "<!-- /demo-table -->\n"])
+def test_a_page_without_both_marks_is_refused(page):
     with pytest.raises(files.UserError, match="demo-table"):
-        table.replace_in("# nso_jax\n", "demo-table", "")
+        table.replace_in(page, "demo-table", "")
 
 
-def test_readme_has_the_tables_of_the_published_results():
-    assert cli._readme_with({}) == cli.README.read_text()
+def test_a_mark_of_no_results_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "page.md").write_text("<!-- demos-table --><!-- /demos-table -->")
+    monkeypatch.setattr(cli, "PAGES", (tmp_path / "page.md",))
+    with pytest.raises(files.UserError, match="demos-table -->: expected one of ablate, "):
+        cli._pages_with({})
+
+
+def test_the_pages_have_the_tables_of_the_published_results():
+    pages = cli._pages_with({})
+    for page, text in pages.items():
+        assert page.read_text() == text, f"{page}: run python -m benchmarks tables"
+    marked = {name for text in pages.values() for name in table.marked(text)}
+    assert marked >= cli.TABLES.keys() | {"summary"}
 
 
 def test_published_figures_are_of_equal_cost_and_small():

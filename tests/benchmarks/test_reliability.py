@@ -72,7 +72,7 @@ def test_the_command_leaves_its_figures(tmp_path, monkeypatch):
     assert [row[1:] for row in made] == [["100", "100", "0"], ["2", "2", "0"], ["3", "1", "2"]]
     assert (tmp_path / "reliability.md").read_text() == table.markdown(reliability, results)
     assert "*a bad one*: not so well." in reliability.caption(results)
-    assert (tmp_path / "reliability.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(tmp_path.glob("*.png"))  # what does not change needs no picture
 
 
 def test_property_tests_that_do_not_run_are_an_error(monkeypatch, tmp_path):
