@@ -10,12 +10,12 @@ from problems import KEY, Loader, dense, flat
 
 from nso_jax import curvature, noise
 
-W = {"v": jnp.asarray([0.7]), "w": jnp.asarray([0.3, -0.8])}
+W = {"v": np.array([0.7]), "w": np.array([0.3, -0.8])}
 TOKENS = {"weight": lambda batch: batch["mask"].sum()}
 
 
 def model(params, batch):
-    return jnp.tanh(batch["x"] @ params["w"]) * params["v"]
+    return jnp.tanh(batch["x"] @ params["w"]) * params["v"][None]
 
 
 def token_loss(outputs, batch):
@@ -87,20 +87,20 @@ def test_weights_that_are_the_sizes_change_nothing():
     assert abs(flat(plain) - hessian() @ flat(W)).max() > 1e-2  # and are not those of the tokens
 
 
+def estimate(function, estimator, **options):
+    return estimator(KEY, function, W, data(), **TOKENS, **options)
+
+
 @pytest.mark.parametrize(("function", "matrix"), [(loss, hessian), (fun, gauss_newton_matrix)])
 def test_estimators_measure_the_mean_over_tokens(function, matrix):
     exact, values = matrix(), np.linalg.eigvalsh(matrix())
-    measure = functools.partial(KEY_FIRST, function)
+    measure = functools.partial(estimate, function)
     assert measure(curvature.trace).value == pytest.approx(np.trace(exact), rel=1e-9)
     diagonal = measure(curvature.diagonal).value
     np.testing.assert_allclose(flat(diagonal), np.diag(exact), rtol=1e-9)
     np.testing.assert_allclose(measure(curvature.eigenvalues, k=3).values, values[::-1], rtol=1e-9)
     nodes = measure(curvature.spectral_density, num_probes=2, num_steps=3).nodes[0]
     np.testing.assert_allclose(np.sort(nodes), values, rtol=1e-9)
-
-
-def KEY_FIRST(function, estimator, **options):
-    return estimator(KEY, function, W, data(), **TOKENS, **options)
 
 
 def test_gaps_are_those_of_the_mean_over_tokens():
