@@ -1,6 +1,6 @@
 """Axes of `shard_map`, `pmap` or `vmap`: everything stays local along them until one mean in the end."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 import jax
@@ -22,19 +22,27 @@ def localize(
     axes = as_tuple(axis_name)
     check_mapped("axis_name", axes)
 
-    def own(x: Any) -> Any:
-        for axis in axes:
-            x = x if _varies(x, axis) else jax.lax.pcast(x, axis, to="varying")
-        return x
-
     def own_if_inexact(x: Any) -> Any:
         dtype = dtype_of(x)
-        return own(x) if dtype is not None and jnp.issubdtype(dtype, jnp.inexact) else x
+        return _own(x, axes) if dtype is not None and jnp.issubdtype(dtype, jnp.inexact) else x
 
     if axes and independent_draws:
         key = jax.random.fold_in(key, jax.lax.axis_index(axes))
-    key = jax.random.wrap_key_data(own(jax.random.key_data(key)), impl=jax.random.key_impl(key))
+    key = jax.random.wrap_key_data(_own(jax.random.key_data(key), axes), impl=jax.random.key_impl(key))
     return jax.tree.map(own_if_inexact, tree), key
+
+
+def localize_like(tree: PyTree, values: PyTree) -> PyTree:
+    """Each device's own copy of arrays, along the axes of `shard_map` on which JAX knows values to differ."""
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    axes = [axis for axis in manual if any(_varies(x, axis) for x in jax.tree.leaves(values))]
+    return jax.tree.map(lambda x: _own(x, axes), tree)
+
+
+def _own(x: Any, axes: Iterable[Hashable]) -> Any:
+    for axis in axes:
+        x = x if _varies(x, axis) else jax.lax.pcast(x, axis, to="varying")
+    return x
 
 
 def mean_over_axis(tree: PyTree, axis_name: AxisName | None) -> PyTree:

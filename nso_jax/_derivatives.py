@@ -1,12 +1,14 @@
 """Derivatives of functions in which `jax.custom_vjp`, that has no forward mode, may stand somewhere."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 
+from nso_jax._axes import localize_like
 from nso_jax._checks import PyTree
 from nso_jax.noise import widen
 
@@ -48,17 +50,18 @@ def linearize(function: Callable[[PyTree], Any], x: PyTree) -> tuple[Any, Any, A
     if not backward_only:
         return *_linearize(evaluate, x), backward
     value = evaluate(x)
-    # J v is the derivative of v^T J^T w by w, the same at any w.
-    _, push = jax.vjp(backward, jax.tree.map(jnp.zeros_like, value))
+    with _explained():  # J v is the derivative of v^T J^T w by w, the same at any w
+        _, push = jax.vjp(backward, jax.tree.map(jnp.zeros_like, value))
     return value, jax.tree_util.Partial(_first, push), backward
 
 
 def linearize_gradient(gradient: Callable[[PyTree], PyTree], x: PyTree) -> Any:
     """The product v -> H v with the symmetric derivative of a gradient, as `linearize` gives it."""
     evaluate, backward_only = traced(gradient, x)
-    if backward_only:
-        return jax.tree_util.Partial(_first, jax.vjp(evaluate, x)[1])
-    return _linearize(evaluate, x)[1]
+    with _explained():
+        if backward_only:
+            return jax.tree_util.Partial(_first, jax.vjp(evaluate, x)[1])
+        return _linearize(evaluate, x)[1]
 
 
 def _linearize(function: Callable[[PyTree], Any], x: PyTree) -> tuple[Any, Any]:
@@ -73,9 +76,14 @@ def _first(pull: Any, cotangent: Any) -> Any:
 def hessian_product(losses: Callable[[PyTree], jax.Array], x: PyTree) -> Callable[[PyTree], PyTree]:
     """The product v -> H v with the Hessian of the sum of losses."""
     evaluate, backward_only = traced(jax.grad(lambda x: jnp.sum(losses(x))), x)
-    if backward_only:
-        return lambda v: jax.vjp(evaluate, x)[1](v)[0]
-    return lambda v: jax.jvp(evaluate, (x,), (v,))[1]
+
+    def product(v: PyTree) -> PyTree:
+        with _explained():
+            if backward_only:
+                return jax.vjp(evaluate, x)[1](v)[0]
+            return jax.jvp(evaluate, (x,), (v,))[1]
+
+    return product
 
 
 def slope(losses: Callable[[PyTree], jax.Array], x: PyTree, v: PyTree, axes: int = 0) -> jax.Array:
@@ -85,7 +93,9 @@ def slope(losses: Callable[[PyTree], jax.Array], x: PyTree, v: PyTree, axes: int
     alone, so that backward the gradient of their sum is that of each of them.
     """
     evaluate, backward_only = traced(losses, x)
-    return _slope_backward(evaluate, x, v, axes) if backward_only else jax.jvp(evaluate, (x,), (v,))[1]
+    if backward_only:
+        return _slope_backward(losses, localize_like(x, evaluate(x)), v, axes)
+    return jax.jvp(evaluate, (x,), (v,))[1]
 
 
 def second_derivative(
@@ -94,11 +104,14 @@ def second_derivative(
     """u^T H v, of losses as in `slope`: forward over forward where that goes."""
     evaluate, backward_only = traced(losses, x)
     if backward_only:
-        return slope(lambda x: _slope_backward(evaluate, x, v, axes), x, u, axes)
+        own = localize_like(x, evaluate(x))
+        with _explained():
+            return slope(lambda x: _slope_backward(losses, x, v, axes), own, u, axes)
     return jax.jvp(lambda x: jax.jvp(evaluate, (x,), (v,))[1], (x,), (u,))[1]
 
 
 def _slope_backward(losses: Callable[[PyTree], jax.Array], x: PyTree, v: PyTree, axes: int) -> jax.Array:
+    """`slope`, for each device's own copy of x: JAX would sum the gradient by a common one over devices."""
     values, pull = jax.vjp(losses, x)
     dtype = widen(values).dtype
 
@@ -109,3 +122,16 @@ def _slope_backward(losses: Callable[[PyTree], jax.Array], x: PyTree, v: PyTree,
 
     products: list[jax.Array] = jax.tree.leaves(jax.tree.map(product, pull(jnp.ones_like(values))[0], v))
     return sum(products[1:], start=products[0])
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Notes on an error that JAX raises for want of a second derivative where that may come from."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(
+            "Here the derivative of a gradient is taken. If fun has a jax.custom_vjp whose backward rule has "
+            "no derivative of its own, such as that of a fused kernel, give the same loss without it."
+        )
+        raise

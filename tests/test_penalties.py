@@ -246,16 +246,47 @@ def test_trace_through_a_custom_vjp_eagerly_and_under_vmap(key):
     np.testing.assert_allclose(jax.vmap(estimate)(jnp.eye(3)), [6, 6, 6], rtol=1e-6)
 
 
-def test_a_loss_is_traced_once_with_and_without_a_custom_vjp(key):
-    for tanh in (jnp.tanh, backward_only(jnp.tanh)):
-        calls = []
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_trace_through_a_custom_vjp_is_each_devices_own(key, check_vma):
+    """By weights that the devices share, JAX sums gradients over devices."""
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    x, w = jnp.linspace(-1, 1, 8), jnp.array([0.3, -0.5])
 
-        def loss(w, tanh=tanh, calls=calls):
-            calls.append(1)
-            return jnp.sum(tanh(w) ** 2)
+    def mean_trace(tanh):
+        def local(w, x):
+            loss = lambda w: jnp.mean((tanh(x[:, None] * w[None]) - 1) ** 2)  # noqa: E731
+            return jax.lax.pmean(penalties.hessian_trace(key, loss, w), "data")
 
-        jax.jit(jax.grad(lambda w, loss=loss: penalties.hessian_trace(key, loss, w)))(jnp.ones(3))
-        assert len(calls) == 1
+        specs = {"in_specs": (jax.P(), jax.P("data")), "out_specs": jax.P(), "check_vma": check_vma}
+        return jax.jit(jax.value_and_grad(lambda w: jax.shard_map(local, mesh=mesh, **specs)(w, x)))(w)
+
+    (value, grads), (expected, expected_grads) = mean_trace(backward_only(jnp.tanh)), mean_trace(jnp.tanh)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    np.testing.assert_allclose(grads, expected_grads, rtol=1e-5)
+
+
+def test_error_where_a_backward_rule_has_no_derivative(key):
+    def kernel(x, g):
+        return jax.pure_callback(
+            lambda x, g: np.asarray(2 * x * g), jax.ShapeDtypeStruct(x.shape, x.dtype), x, g
+        )
+
+    square = jax.custom_vjp(lambda x: x**2)
+    square.defvjp(lambda x: (square(x), x), lambda x, g: (kernel(x, g),))
+    with pytest.raises(Exception, match=r"(?s)JVP.*give the same loss without it") as caught:
+        penalties.hessian_trace(key, lambda w: jnp.sum(square(w)), jnp.ones(3))
+    assert any("jax.custom_vjp whose backward rule" in note for note in caught.value.__notes__)
+
+
+def test_a_loss_without_a_custom_vjp_is_traced_once(key):
+    calls = []
+
+    def loss(w):
+        calls.append(1)
+        return jnp.sum(jnp.tanh(w) ** 2)
+
+    jax.jit(jax.grad(lambda w: penalties.hessian_trace(key, loss, w)))(jnp.ones(3))
+    assert len(calls) == 1
 
 
 def test_type_errors_of_a_loss_are_not_taken_for_those_of_forward_mode(key):
