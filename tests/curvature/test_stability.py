@@ -386,6 +386,18 @@ def test_errors_in_what_to_measure(function, arguments, error, message):
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
+def test_errors_inside_a_transformation(function):
+    def measured(params):
+        return FUNCTIONS[function](KEY, cubic, params, 1.0)
+
+    for transformed in (jax.jit(measured), jax.grad(measured)):
+        with pytest.raises(TypeError, match=r"params: got a tracer, .*call it outside jit, vmap and grad"):
+            transformed(W)
+    with pytest.raises(TypeError, match=r"key: expected a PRNG key.*'batches' is missing"):
+        FUNCTIONS[function](cubic, W, 1.0)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
