@@ -47,6 +47,8 @@ _DOUBT = 3
 _ROUNDINGS = 4
 # The lowest gap is known well where it is so many standard errors; if it is not, the trace may be.
 _KNOWN = 8
+# A trace that may be zero, and is less than this part of the lowest gap, has no part in it.
+_NOTHING = 0.1
 _MAX_DOUBLINGS = 3  # of the draws, where they leave it open whether a limit is reached
 
 
@@ -223,8 +225,8 @@ def suggest_sigma(
     the table on, and e(sigma) the standard error of the difference, with q scaled to the gap since only
     their ratio counts. Beyond the first the noise drowns the loss; beyond the second it penalizes something
     else than a curvature. For a quadratic loss the result is `sqrt(2 share |f(W)| / |Tr H|)`. Where the trace
-    does not differ from zero by three standard errors, there is no quadratic picture to break, and only the
-    share counts.
+    is zero beside the lowest gap, or neither differs from zero by three standard errors, there is no
+    quadratic picture to break, and only the share counts.
 
     For a smooth loss, `q = sigma^2/2 Tr H`. Kinks, as of ReLU and max-pooling, bend the loss on the average
     over the noise where the Hessian, taken between them, is blind: there q can be several times that, which
@@ -502,16 +504,17 @@ def _with_twice_the_draws(problem: _Problem, gaps: _Gaps) -> tuple[_Problem, _Ga
 
 def _beginning(gaps: _Gaps, estimate: Estimate) -> str:
     """What knows how the gap begins to grow: the "draws" or the "trace"; or it is "flat", or "doubtful"."""
-    if abs(estimate.value) <= _DOUBT * estimate.standard_error:
-        return "flat"
     mean, error = (float(x) for x in mean_and_error(gaps.draws[0]))
+    half_square = gaps.sigma[0] ** 2 / 2
+    by_trace, trace_error = half_square * estimate.value, half_square * estimate.standard_error
+    if abs(by_trace) <= _DOUBT * trace_error:
+        is_seen = abs(mean) > _DOUBT * error + gaps.rounding[0]
+        if not is_seen or abs(by_trace) + _DOUBT * trace_error <= _NOTHING * abs(mean):
+            return "flat"
     if abs(mean) > _KNOWN * error:
         return "draws"
-    half_square = gaps.sigma[0] ** 2 / 2
-    trace_error = half_square * estimate.standard_error
     allowed = _DOUBT * math.hypot(error, trace_error) + gaps.rounding[0]
-    agree = abs(mean - half_square * estimate.value) <= allowed
-    return "trace" if agree and trace_error < error else "doubtful"
+    return "trace" if abs(mean - by_trace) <= allowed and trace_error < error else "doubtful"
 
 
 def _used(gaps: _Gaps, limits: _Limits) -> dict[str, np.ndarray]:

@@ -316,6 +316,23 @@ def test_suggestion_where_few_eigenvalues_dominate_at_other_tolerances(tolerance
         assert expected <= found.sigma <= 2 * expected
 
 
+def test_suggestion_beside_a_trace_of_too_few_products():
+    """Six products do not tell the trace, 8, of a Hessian with large off-diagonal entries from zero."""
+    basis = symmetric([1.0] * 2 + [0.0] * 28).astype(jnp.float32)
+
+    def projected(w, _):
+        return 10 + 2 * (1 - jnp.exp(-(w @ basis @ w)))
+
+    unknown = 0
+    for seed in range(20):
+        options = {"method": "hutchinson", "num_products": 6}
+        found = suggest_sigma(jax.random.key(seed), jax.jit(projected), jnp.zeros(30), None, **options)
+        unknown += abs(found.trace.value) <= 3 * found.trace.standard_error
+        assert found.limit == "quadratic"
+        assert found.sigma <= 1.3  # the gap, 2 - 2 / (1 + 2 sigma^2), is half the quadratic part at .71
+    assert unknown >= 5
+
+
 def test_suggestion_takes_more_draws_where_it_is_in_doubt_and_no_more_elsewhere(monkeypatch):
     """The gap of one quartic weight has a long tail: 16 draws cannot say that it is not quadratic."""
     evaluations = []
