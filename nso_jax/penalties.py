@@ -51,8 +51,8 @@ def hessian_trace(
         Tr(H) = E[v^T H v] / prob,   v_i = +1 or -1 with probability prob/2 each, else 0
 
     Its gradient is as unbiased for that of the trace. v^T H v is the second derivative of the loss along v,
-    by forward over forward differentiation, or backward where a `jax.custom_vjp` in the loss forbids that. Loss
-    and penalty cost about 3 plain gradients instead of 1; backward they cost more.
+    by forward over forward differentiation, or backward where a `jax.custom_vjp` in the loss forbids that.
+    Loss and penalty cost about 3 plain gradients instead of 1; backward they cost more.
 
     Args:
       key: a PRNG key, typed or legacy.
