@@ -2,12 +2,12 @@
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 from nso_jax import noise
 from nso_jax._checks import PyTree, broadcast_prefix, check_mapped, describe, dtype_of, is_inexact
@@ -42,6 +42,13 @@ def localize(
         key = jax.random.fold_in(key, jax.lax.axis_index(axes))
     key = jax.random.wrap_key_data(_own(jax.random.key_data(key), axes), impl=jax.random.key_impl(key))
     return jax.tree.map(own_if_inexact, tree), key
+
+
+def localize_like(tree: PyTree, values: PyTree) -> PyTree:
+    """Each device's own copy of arrays, along the axes of `shard_map` on which JAX knows values to differ."""
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    axes = [axis for axis in manual if any(_varies(x, axis) for x in jax.tree.leaves(values))]
+    return jax.tree.map(lambda x: _own(x, axes), tree)
 
 
 @contextlib.contextmanager
@@ -81,6 +88,13 @@ def check_own_gradients(
             "nso_jax.value_and_grad(loss, ..., axis_name=...), which sees the loss, or pass "
             "check_vma=False to shard_map."
         )
+
+
+def inner_jaxprs(equation: JaxprEqn) -> list[Jaxpr]:
+    """The jaxprs among the parameters of an equation: bodies of loops, branches, jitted functions."""
+    leaves = jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: isinstance(x, Jaxpr))
+    closed = [x.jaxpr if isinstance(x, ClosedJaxpr) else x for x in leaves]
+    return [x for x in closed if isinstance(x, Jaxpr)]
 
 
 def combine_over_axis(
@@ -128,7 +142,7 @@ def _sums_over(axes: set[Hashable], jaxpr: Jaxpr, depends: list[bool]) -> bool:
         over = [equation.params.get(name, ()) for name in ("axes", "axis_name")]
         if equation.primitive.name not in _VARYING and axes & {a for axis in over for a in as_tuple(axis)}:
             return True
-        for inner in _inner(equation.params):
+        for inner in inner_jaxprs(equation):
             same = len(inner.invars) == len(flags)
             if _sums_over(axes, inner, flags if same else [True] * len(inner.invars)):
                 return True
@@ -136,15 +150,7 @@ def _sums_over(axes: set[Hashable], jaxpr: Jaxpr, depends: list[bool]) -> bool:
     return False
 
 
-def _inner(parameters: dict[str, Any]) -> list[Jaxpr]:
-    """The jaxprs among the parameters of an equation: bodies of loops, branches, jitted functions."""
-    leaves = [x for value in parameters.values() for x in (value if isinstance(value, tuple) else (value,))]
-    return [
-        x.jaxpr if isinstance(x, ClosedJaxpr) else x for x in leaves if isinstance(x, ClosedJaxpr | Jaxpr)
-    ]
-
-
-def _own(x: Any, axes: tuple[Hashable, ...]) -> Any:
+def _own(x: Any, axes: Iterable[Hashable]) -> Any:
     manual = jax.sharding.get_abstract_mesh().manual_axes  # along others, those of vmap, JAX tracks nothing
     for axis in [axis for axis in axes if axis in manual]:
         x = x if _varies(x, axis) else jax.lax.pcast(x, axis, to="varying")

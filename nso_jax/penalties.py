@@ -3,7 +3,8 @@
 `loss(params, x, y) + c * penalties.hessian_trace(key, loss, params, x, y)` is a loss for any optimizer. The
 penalties of the inputs and outputs are arrays of one number per example, to be averaged like optax's losses.
 All work under jit, vmap and differentiation. All but `confidence` differentiate `fun` forward as well as
-backward, so it must not use `jax.custom_vjp`. Label smoothing, EMA and SWA are in optax.
+backward; where a `jax.custom_vjp` in it forbids that, backward over backward, which gives the same in more
+time. Label smoothing, EMA and SWA are in optax.
 """
 
 import itertools
@@ -29,6 +30,7 @@ from nso_jax._checks import (
     leaf_mask,
     leaf_name,
 )
+from nso_jax._derivatives import hessian_product, second_derivative, slope
 from nso_jax.noise import Sampler, widen
 
 _ROUNDING = 1e-6  # of a probability that is meant to be one over a whole number
@@ -49,7 +51,8 @@ def hessian_trace(
         Tr(H) = E[v^T H v] / prob,   v_i = +1 or -1 with probability prob/2 each, else 0
 
     Its gradient is as unbiased for that of the trace. v^T H v is the second derivative of the loss along v,
-    by forward over forward differentiation. Loss and penalty cost about 3 plain gradients instead of 1.
+    by forward over forward differentiation, or backward where a `jax.custom_vjp` in the loss forbids that.
+    Loss and penalty cost about 3 plain gradients instead of 1; backward they cost more.
 
     Args:
       key: a PRNG key, typed or legacy.
@@ -116,7 +119,7 @@ def hessian_trace(
             return value
 
         v = jax.tree.map(_as_direction, jax.tree.leaves(probe), weights)
-        return widen(_second_derivative(loss, weights, v, v))
+        return widen(second_derivative(loss, weights, v, v))
 
     if drop == "weight" or prob == 1:
         return _mean_over_keys(lambda key: curvature(key, chosen) / float(prob), key, num_samples)
@@ -188,10 +191,11 @@ def input_hessian_norm(
     def losses(x: PyTree) -> jax.Array:
         return fun(x, *args)
 
+    varying_product = hessian_product(losses, inputs)
+
     def product(v: PyTree) -> PyTree:
         """H v, as a constant."""
-        gradient = jax.grad(lambda x: jnp.sum(losses(x)))
-        return jax.lax.stop_gradient(jax.jvp(gradient, (inputs,), (cast_like(v, inputs),))[1])
+        return jax.lax.stop_gradient(varying_product(cast_like(v, inputs)))
 
     def ascend(v: PyTree, _: Any) -> tuple[PyTree, None]:
         u, _ = _unit(product(v), axes)
@@ -202,8 +206,8 @@ def input_hessian_norm(
     start, _ = _unit(noise.perturbation(key, inputs, 1.0, sampler=noise.normal), axes)
     v, _ = _backend.loop(ascend, start, num_steps)
     u, norm = _unit(product(v), axes)
-    slope = _second_derivative(losses, inputs, cast_like(u, inputs), cast_like(v, inputs))
-    return _with_derivative(norm, slope)
+    form = second_derivative(losses, inputs, cast_like(u, inputs), cast_like(v, inputs), axes)
+    return _with_derivative(norm, form)
 
 
 def input_gradient(fun: Callable[..., Any], inputs: PyTree, *args: Any) -> jax.Array:
@@ -338,13 +342,8 @@ def _squared_gradient(losses: Callable[[PyTree], jax.Array], inputs: PyTree, axe
     """|g|^2 for each example; along g / |g|, since the derivative along g may overflow in half precision."""
     gradient = jax.lax.stop_gradient(jax.grad(lambda x: jnp.sum(losses(x)))(inputs))
     direction, norm = _unit(gradient, axes)
-    _, slope = jax.jvp(losses, (inputs,), (cast_like(direction, inputs),))
-    return _with_derivative(norm**2, 2 * norm * widen(slope).astype(norm.dtype))
-
-
-def _second_derivative(fun: Callable[[PyTree], Any], x: PyTree, u: PyTree, v: PyTree) -> jax.Array:
-    """u^T H v."""
-    return jax.jvp(lambda x: jax.jvp(fun, (x,), (v,))[1], (x,), (u,))[1]
+    along = slope(losses, inputs, cast_like(direction, inputs), axes)
+    return _with_derivative(norm**2, 2 * norm * widen(along).astype(norm.dtype))
 
 
 def _with_derivative(value: jax.Array, slope: jax.Array) -> jax.Array:

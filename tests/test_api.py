@@ -155,54 +155,56 @@ API = {
     "curvature.diagonal": """
         key: jax.Array, fun: Callable[[Any, Any], jax.Array], params: Any, batches: Any, *,
         method: str='xdiag', num_products: int=100, rtol: float | None=None, mask: Any=None,
-        param_labels: Any=None, chunk_size: int | None=None,
+        weight: Callable[[Any], Any] | None=None, param_labels: Any=None, chunk_size: int | None=None,
         callback: Callable[[int], object] | None=None -> Estimate
     """,
     "curvature.eigenvalues": """
         key: jax.Array, fun: Callable[[Any, Any], jax.Array], params: Any, batches: Any, *, k: int=5,
         which: str='largest', tol: float=1e-06, max_products: int | None=None, mask: Any=None,
-        callback: Callable[[int], object] | None=None -> Eigenpairs
+        weight: Callable[[Any], Any] | None=None, callback: Callable[[int], object] | None=None -> Eigenpairs
     """,
     "curvature.ggn_vp": """
         model: Callable[[Any, Any], Any], loss: Callable[[Any, Any], jax.Array], params: Any,
-        batches: Any, *, mask: Any=None -> Callable[[Any], Any]
+        batches: Any, *, mask: Any=None, weight: Callable[[Any], Any] | None=None -> Callable[[Any], Any]
     """,
     "curvature.hvp": """
-        fun: Callable[[Any, Any], jax.Array], params: Any, batches: Any, *, mask: Any=None
-        -> Callable[[Any], Any]
+        fun: Callable[[Any, Any], jax.Array], params: Any, batches: Any, *, mask: Any=None,
+        weight: Callable[[Any], Any] | None=None -> Callable[[Any], Any]
     """,
     "curvature.layer_structure": """
         key: jax.Array, fun: Callable[[Any, Any], jax.Array], params: Any, batches: Any, *, k: int=10,
-        tol: float=0.001, mask: Any=None, num_probes: int=20, weight_sharing: str='expand',
-        callback: Callable[[int], object] | None=None -> dict[str, LayerStructure]
+        tol: float=0.001, mask: Any=None, weight: Weight | None=None, num_probes: int=20,
+        weight_sharing: str='expand', callback: Callable[[int], object] | None=None
+        -> dict[str, LayerStructure]
     """,
     "curvature.noise_stability_gap": """
         key: jax.Array, fun: Callable[[Any, Any], jax.Array], params: Any, batches: Any, *,
         sigmas: Sequence[float], num_samples: int=16, num_products: int=100, method: str='xtrace',
         sampler: noise.Sampler=noise.normal, mask: Any=None,
-        callback: Callable[[int], object] | None=None -> StabilityGap
+        weight: Callable[[Any], Any] | None=None, callback: Callable[[int], object] | None=None -> StabilityGap
     """,
     "curvature.pac_bayes_bound": """
         key: jax.Array, fun: Callable[[Any, Any], jax.Array], params: Any, batches: Any, *,
         initial_params: Any, num_probes: int=10, per: str='example', mask: Any=None,
-        callback: Callable[[int], object] | None=None -> PacBayesBound
+        weight: Callable[[Any], Any] | None=None, callback: Callable[[int], object] | None=None -> PacBayesBound
     """,
     "curvature.spectral_density": """
         key: jax.Array, fun: Callable[[Any, Any], jax.Array], params: Any, batches: Any, *,
         num_probes: int=10, num_steps: int=64, width: float | None=None, num_points: int=1000,
-        mask: Any=None, chunk_size: int | None=None, callback: Callable[[int], object] | None=None
-        -> Density
+        mask: Any=None, weight: Callable[[Any], Any] | None=None, chunk_size: int | None=None,
+        callback: Callable[[int], object] | None=None -> Density
     """,
     "curvature.subspace_overlap": "first: Sequence[Any], second: Sequence[Any] -> float",
     "curvature.suggest_sigma": """
         key: jax.Array, fun: Callable[[Any, Any], jax.Array], params: Any, batches: Any, *,
         share: float=0.2, tolerance: float=0.5, num_samples: int=16, num_products: int=100,
-        method: str='xtrace', sampler: noise.Sampler=noise.normal, mask: Any=None -> SigmaSuggestion
+        method: str='xtrace', sampler: noise.Sampler=noise.normal, mask: Any=None,
+        weight: Callable[[Any], Any] | None=None -> SigmaSuggestion
     """,
     "curvature.trace": """
         key: jax.Array, fun: Callable[[Any, Any], jax.Array], params: Any, batches: Any, *,
         method: str='xtrace', num_products: int=100, rtol: float | None=None, mask: Any=None,
-        param_labels: Any=None, chunk_size: int | None=None,
+        weight: Callable[[Any], Any] | None=None, param_labels: Any=None, chunk_size: int | None=None,
         callback: Callable[[int], object] | None=None -> Estimate
     """,
 }

@@ -145,6 +145,158 @@ def test_trace_and_its_gradient_are_unbiased(key, x64, options, chosen):
     assert values.dtype == jnp.float64
 
 
+def backward_only(function, *, calls_itself=True):
+    """`function` with a `jax.custom_vjp`, which has no forward mode; its forward pass may need it again."""
+    custom = jax.custom_vjp(function)
+
+    def forward(x):
+        return (custom if calls_itself else function)(x), x
+
+    custom.defvjp(forward, lambda x, g: (jax.vjp(function, x)[1](g)[0],))
+    return custom
+
+
+def with_tanh(tanh):
+    """The losses of `mlp`, each of its own example, with some hyperbolic tangent."""
+
+    def losses(x, params, y):
+        hidden = tanh(x @ params["w1"] + params["b1"][None])
+        return cross_entropy(params["scale"] * (hidden @ params["w2"]), y)
+
+    return losses
+
+
+CUSTOM = {
+    "plain": backward_only(jnp.tanh, calls_itself=False),
+    "calling itself": backward_only(jnp.tanh),
+    "jitted": jax.jit(backward_only(jnp.tanh)),
+    "checkpointed": jax.checkpoint(backward_only(jnp.tanh)),
+}
+OF_INPUTS = {
+    "hessian": lambda key, losses, *args: penalties.input_hessian_norm(key, losses, *args, num_steps=2),
+    "gradient": lambda _, losses, *args: penalties.input_gradient(losses, *args),
+    "jacobian": lambda key, losses, *args: penalties.jacobian(
+        key, lambda *args: losses(*args)[:, None], *args
+    ),
+}
+
+
+@pytest.mark.parametrize("tanh", CUSTOM)
+@pytest.mark.parametrize("name", OF_INPUTS)
+def test_penalties_of_inputs_go_through_a_custom_vjp(key, x64, name, tanh):
+    params, x, y = mlp()
+
+    def value_and_grad(tanh):
+        def penalty(params):
+            values = OF_INPUTS[name](key, with_tanh(tanh), x, params, y)
+            return values @ jnp.arange(1.0, 7), values
+
+        return jax.jit(jax.value_and_grad(penalty, has_aux=True))(params)
+
+    (_, values), grads = value_and_grad(CUSTOM[tanh])
+    (_, expected), expected_grads = value_and_grad(jnp.tanh)
+    assert_close(values, expected, 1e-10)
+    assert_close(grads, expected_grads, 1e-10)
+
+
+@pytest.mark.parametrize("tanh", CUSTOM)
+@pytest.mark.parametrize("options", [{}, {"prob": 0.5, "drop": "leaf"}, {"num_samples": 2}])
+def test_trace_goes_through_a_custom_vjp(key, x64, tanh, options):
+    params, x, y = mlp()
+
+    def value_and_grad(tanh):
+        def penalty(params):
+            loss = lambda params: with_tanh(tanh)(x, params, y).mean()  # noqa: E731
+            return penalties.hessian_trace(key, loss, params, **options)
+
+        return jax.jit(jax.value_and_grad(penalty))(params)
+
+    value, grads = value_and_grad(CUSTOM[tanh])
+    expected, expected_grads = value_and_grad(jnp.tanh)
+    assert_close(value, expected, 1e-10)
+    assert_close(grads, expected_grads, 1e-10)
+
+
+def test_trace_through_a_custom_vjp_of_complex_weights_of_two_precisions(key, x64):
+    square = backward_only(lambda x: x**2)
+    params = {"c": jnp.array([1.0 + 2j, 0.5 - 1j], jnp.complex64), "s": jnp.array([0.5, 2.0])}
+
+    def loss(square):
+        def of_params(params):
+            parts = [jnp.real(params["c"]), jnp.imag(params["c"]), params["s"]]
+            return sum(square(square(part)).sum().astype(jnp.float64) for part in parts)
+
+        return of_params
+
+    def value_and_grad(square):
+        return jax.value_and_grad(lambda p: penalties.hessian_trace(key, loss(square), p))(params)
+
+    value, grads = value_and_grad(square)
+    expected = 12 * (1 + 4 + 0.25 + 1 + 0.25 + 4)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), grads, value_and_grad(jnp.square)[1]
+    )
+
+
+def test_trace_through_a_custom_vjp_eagerly_and_under_vmap(key):
+    cube = backward_only(lambda x: x**3)
+    estimate = lambda w: penalties.hessian_trace(key, lambda w: jnp.sum(cube(w)), w)  # noqa: E731
+    np.testing.assert_allclose(estimate(jnp.arange(3.0)), 18, rtol=1e-6)
+    np.testing.assert_allclose(jax.vmap(estimate)(jnp.eye(3)), [6, 6, 6], rtol=1e-6)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_trace_through_a_custom_vjp_is_each_devices_own(key, check_vma):
+    """By weights that the devices share, JAX sums gradients over devices."""
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    x, w = jnp.linspace(-1, 1, 8), jnp.array([0.3, -0.5])
+
+    def mean_trace(tanh):
+        def local(w, x):
+            loss = lambda w: jnp.mean((tanh(x[:, None] * w[None]) - 1) ** 2)  # noqa: E731
+            return jax.lax.pmean(penalties.hessian_trace(key, loss, w), "data")
+
+        specs = {"in_specs": (jax.P(), jax.P("data")), "out_specs": jax.P(), "check_vma": check_vma}
+        return jax.jit(jax.value_and_grad(lambda w: jax.shard_map(local, mesh=mesh, **specs)(w, x)))(w)
+
+    (value, grads), (expected, expected_grads) = mean_trace(backward_only(jnp.tanh)), mean_trace(jnp.tanh)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    np.testing.assert_allclose(grads, expected_grads, rtol=1e-5)
+
+
+def test_error_where_a_backward_rule_has_no_derivative(key):
+    def kernel(x, g):
+        return jax.pure_callback(
+            lambda x, g: np.asarray(2 * x * g), jax.ShapeDtypeStruct(x.shape, x.dtype), x, g
+        )
+
+    square = jax.custom_vjp(lambda x: x**2)
+    square.defvjp(lambda x: (square(x), x), lambda x, g: (kernel(x, g),))
+    with pytest.raises(Exception, match=r"(?s)JVP.*give the same loss without it") as caught:
+        penalties.hessian_trace(key, lambda w: jnp.sum(square(w)), jnp.ones(3))
+    assert any("jax.custom_vjp whose backward rule" in note for note in caught.value.__notes__)
+
+
+def test_a_loss_without_a_custom_vjp_is_traced_once(key):
+    calls = []
+
+    def loss(w):
+        calls.append(1)
+        return jnp.sum(jnp.tanh(w) ** 2)
+
+    jax.jit(jax.grad(lambda w: penalties.hessian_trace(key, loss, w)))(jnp.ones(3))
+    assert len(calls) == 1
+
+
+def test_type_errors_of_a_loss_are_not_taken_for_those_of_forward_mode(key):
+    def broken(w):
+        raise TypeError("can't apply forward-mode autodiff (jvp) to a custom_vjp function.")
+
+    with pytest.raises(TypeError, match="can't apply"):
+        penalties.hessian_trace(key, broken, jnp.ones(3))
+
+
 def test_trace_of_a_diagonal_hessian_is_exact(key):
     params = {"w": jnp.arange(1.0, 4), "b": jnp.float32(2)}
 

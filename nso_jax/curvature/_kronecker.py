@@ -12,7 +12,7 @@ from nso_jax import noise
 from nso_jax.curvature._layer_uses import Layout, NotDenseError, Use, find_layout, tapped
 from nso_jax.curvature._subspaces import subspace_overlap
 from nso_jax.curvature.eigenvalues import Eigenpairs
-from nso_jax.curvature.operators import GaussNewton, Operator, batch_size, each
+from nso_jax.curvature.operators import GaussNewton, Operator, Weight, batch_size, weighted
 from nso_jax.curvature.probes import mean_and_error
 
 _MATRIX = 2  # dimensions
@@ -58,7 +58,7 @@ class Block(NamedTuple):
     batches: Any
     position: int
     new_callback: Callable[[], Callable[[int], None]]
-    weight: Callable[[Any], Any] | None = None
+    weight: Weight | None = None
 
     @property
     def leaf(self) -> jax.Array:
@@ -78,11 +78,8 @@ class Block(NamedTuple):
 
     def operator(self, fun: Any, params: Any, mask: Any) -> Operator:
         """Products with the matrix of another function, on the same data."""
-        return Operator(fun, params, self.batches, mask=mask, callback=self.new_callback())
-
-    def weight_of(self, batch: Any, index: int) -> float:
-        """How much a batch's mean counts."""
-        return batch_size(batch, index)
+        callback = self.new_callback()
+        return Operator(fun, params, self.batches, mask=mask, weight=self.weight, callback=callback)
 
 
 class _Layer(NamedTuple):
@@ -100,7 +97,7 @@ def kronecker_factors(
     shape = block.leaf.shape
     if len(shape) < _MATRIX:
         raise NotDenseError(f"the leaf has shape {shape}, and the weight of a dense layer is a matrix.")
-    first = next(iter(each(block.batches)))
+    _, first, _ = next(weighted(block.batches, block.weight))
     use, layout = find_layout(block.model, block.position, block.params, first)
     layer = _Layer(use, layout, weight_sharing == "reduce")
     moment, positions = _input_moment(block, layer)
@@ -129,10 +126,11 @@ def _input_moment(block: Block, layer: _Layer) -> tuple[np.ndarray, set[int]]:
     total: Any = 0.0
     size = 0.0
     found = set()
-    for index, batch in enumerate(each(block.batches)):
+    for _, batch, weight in weighted(block.batches, block.weight):
         matrix, positions = jax.device_get(moment(block.params, batch))
         found.add(int(positions))
-        count = block.weight_of(batch, index) * (1 if layer.reduce else int(positions))
+        of_examples = block.weight is None and not layer.reduce  # which have so many inputs each
+        count = weight * (int(positions) if of_examples else 1)
         total += count * np.asarray(matrix, np.float64)
         size += count
     return total / size, found

@@ -10,15 +10,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from nso_jax import noise
-from nso_jax._checks import as_key, check_choice, check_count, check_inexact, check_loss, describe
+from nso_jax._checks import check_choice, check_count, check_inexact, check_loss, describe
+from nso_jax._derivatives import traced
 from nso_jax.curvature.operators import (
+    Weight,
     batch_size,
+    batch_weight,
     check_batches,
+    check_call,
+    check_concrete,
     check_function,
     check_params,
+    check_weight,
     chosen_leaves,
     each,
+    explained,
     is_jitted,
+    starting_with_key,
+    unevenness,
 )
 from nso_jax.curvature.probes import mean_and_error
 
@@ -53,6 +62,7 @@ class PacBayesBound(NamedTuple):
     leaf_distances: Any
 
 
+@starting_with_key
 def pac_bayes_bound(
     key: jax.Array,
     fun: Callable[[Any, Any], jax.Array],
@@ -63,6 +73,7 @@ def pac_bayes_bound(
     num_probes: int = 10,
     per: str = "example",
     mask: Any = None,
+    weight: Callable[[Any], Any] | None = None,
     callback: Callable[[int], object] | None = None,
 ) -> PacBayesBound:
     """Evaluates a PAC-Bayes bound on the generalization gap of trained weights W.
@@ -90,7 +101,7 @@ def pac_bayes_bound(
     Args:
       key: PRNG key. Probe j of a leaf depends on the key, on j and on the leaf's path alone.
       fun: `fun(params, batch)` is the mean loss over the batch, a real scalar, as in `hvp`. It must allow
-        forward differentiation, which `jax.custom_vjp` does not.
+        forward differentiation, which `jax.custom_vjp` does not: give the loss without it here.
       params: any pytree of real arrays: the trained weights.
       batches: one batch, or a list or other re-iterable of batches, by the rule of `hvp`. They are taken one
         after another, and how the examples are divided into them matters for `per="batch"` only.
@@ -102,6 +113,10 @@ def pac_bayes_bound(
         of the batches' mean losses, which are less than the theorem's, in less time.
       mask: bools, a prefix pytree of `params` or a callable giving one: which leaves have been trained. The
         others count as fixed, with neither a trace nor a distance: both are 0 there.
+      weight: `weight(batch)` is the number of examples in a batch, such as `batch["x"].shape[0]`: the length
+        of a leading axis in it. The bound has no mean over examples and counts them only, tokens never, so
+        this is needed only where the leaves of a batch have leading axes of different lengths. Batches of
+        weight 0 are skipped. None: the length that all leaves have.
       callback: called with the number of second derivatives so far, one for each probe, chosen leaf and
         batch, after each probe of a batch: for a progress bar.
 
@@ -109,10 +124,12 @@ def pac_bayes_bound(
       The `PacBayesBound`.
 
     Raises:
-      TypeError: `key` is not a PRNG key, a leaf of `initial_params` is not real floating point, or `fun`,
-        `params` or `batches` is none that `hvp` takes.
+      TypeError: `key` is not a PRNG key, a leaf of `initial_params` is not real floating point, `fun`,
+        `params`, `batches` or `weight` is none that `hvp` takes, or `fun` has a `jax.custom_vjp` inside.
       ValueError: `initial_params` is unlike `params`, `num_probes` is less than 2, `per` is unknown, there
-        are no batches, one of them has no examples, or `mask` does not fit `params` or selects nothing.
+        are no batches, one of them has no examples, leaves of one differ in their leading axes and there is
+        no `weight`, `weight` is the length of none of them, or `mask` does not fit `params` or selects
+        nothing.
       FloatingPointError: a loss, a second derivative or a distance is not finite.
 
     Example:
@@ -136,31 +153,53 @@ def pac_bayes_bound(
       Hutchinson, A stochastic estimator of the trace of the influence matrix for Laplacian smoothing
       splines, Communications in Statistics: Simulation and Computation 19(2), 1990.
     """
-    key = as_key(key)
+    key = check_call(key, batches)
     check_choice("per", per, _UNITS)
     check_count("num_probes", num_probes, 2)
     check_batches(batches)
     check_function(fun)
+    check_weight(weight)
     params = check_params(params)
     flags = chosen_leaves(mask, params)
     distances = _leaf_distances(params, initial_params, flags)
     measure = _kept_measure(fun, per) if is_jitted(fun) else _new_measure(fun, per)
     largest = _Largest(-math.inf, -math.inf, 0.0, np.where(flags, -math.inf, 0.0))
-    sample_size = 0
+    sample_size = probes = 0
     for index, batch in enumerate(each(batches)):
-        size = batch_size(batch, index)
+        check_concrete(f"batches[{index}]", batch)
+        size = _sample_size(batch, index, weight)
+        if not size:
+            continue
         on_batch = functools.partial(measure, params, batch=jax.device_put(batch), size=size)
         rows = []
         for j in range(num_probes):
-            rows.append(_probe(on_batch, _signs(key, j, params), flags))
+            with explained(fun, batches):
+                rows.append(_probe(on_batch, _signs(key, j, params), flags))
+            probes += 1
             if callback is not None:
-                callback((index * num_probes + len(rows)) * sum(flags))
+                callback(probes * sum(flags))
         losses, samples = _checked(rows, index)
         largest = _larger(largest, losses, samples)
         sample_size += size
     if not sample_size:
-        raise ValueError("batches is empty: its iteration gave no batch.")
+        raise ValueError("batches is empty: its iteration gave no batch, or none that `weight` lets count.")
     return _bound(params, per, sample_size, distances, largest)
+
+
+def _sample_size(batch: Any, index: int, weight: Weight | None) -> int:
+    """The number of examples in a batch."""
+    if weight is None:
+        if uneven := unevenness(batch, index):
+            raise ValueError(uneven)
+        return batch_size(batch, index)
+    size = batch_weight(batch, index, weight)
+    lengths = {np.shape(leaf)[0] for leaf in jax.tree.leaves(batch) if np.ndim(leaf)}
+    if size and size not in (lengths or {1}):
+        raise ValueError(
+            f"weight(batches[{index}]): expected the number of examples, the length of a leading axis in the "
+            f"batch, one of {sorted(lengths)}, got {size:g}; the bound does not count tokens."
+        )
+    return int(size)
 
 
 class _Largest(NamedTuple):
@@ -241,10 +280,17 @@ def _second_derivative(
 ) -> tuple[jax.Array, jax.Array]:
     """The loss, and its second derivative along a direction."""
 
-    def loss(params: Any) -> jax.Array:
+    def checked(params: Any) -> jax.Array:
         value = fun(params, batch)
         check_loss(value)
         return value
+
+    loss, backward_only = traced(checked, params)
+    if backward_only:
+        raise TypeError(
+            "fun: has a jax.custom_vjp inside, and forward mode, which pac_bayes_bound needs, does not go "
+            "through it; give the same loss without it, such as with plain instead of fused attention."
+        )
 
     def loss_and_slope(params: Any) -> tuple[jax.Array, jax.Array]:
         return jax.jvp(loss, (params,), (direction,))
@@ -288,6 +334,7 @@ def _checked(rows: list[tuple[np.ndarray, np.ndarray]], index: int) -> tuple[np.
 def _leaf_distances(params: Any, initial_params: Any, flags: list[bool]) -> np.ndarray:
     """The norm of each leaf's change, 0 where it is not chosen."""
     check_inexact(initial_params, "initial_params")
+    check_concrete("initial_params", initial_params)
     pairs = dict(_with_names(params)), dict(_with_names(initial_params))
     expected: Any = jax.tree.structure(params)
     given: Any = jax.tree.structure(initial_params)

@@ -8,8 +8,14 @@ import jax
 import numpy as np
 from scipy.linalg import eigh_tridiagonal
 
-from nso_jax._checks import as_key, check_choice, check_count
-from nso_jax.curvature.operators import Operator, check_tolerance, orthogonalise
+from nso_jax._checks import check_choice, check_count
+from nso_jax.curvature.operators import (
+    Operator,
+    check_call,
+    check_tolerance,
+    orthogonalise,
+    starting_with_key,
+)
 
 # How much an eigenvalue is wanted: the k with the highest rank are.
 _RANKS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -35,6 +41,7 @@ class Eigenpairs(NamedTuple):
     num_products: int
 
 
+@starting_with_key
 def eigenvalues(
     key: jax.Array,
     fun: Callable[[Any, Any], jax.Array],
@@ -46,6 +53,7 @@ def eigenvalues(
     tol: float = 1e-6,
     max_products: int | None = None,
     mask: Any = None,
+    weight: Callable[[Any], Any] | None = None,
     callback: Callable[[int], object] | None = None,
 ) -> Eigenpairs:
     """Computes the k largest eigenvalues of the Hessian H of the mean loss, with their eigenvectors.
@@ -81,6 +89,8 @@ def eigenvalues(
         1000 + k, or the number of parameters + k where that is less: enough for an exact result.
       mask: bools, a prefix pytree of `params` or a callable giving one: only these leaves' block of H. The
         vectors are zero elsewhere.
+      weight: `weight(batch)`, how much the mean loss of a batch counts, as in `hvp`: a mean over tokens needs
+        it, `lambda batch: batch["mask"].sum()`. None: the number of examples.
       callback: called with the number of products so far, whenever some are done: for a progress bar.
 
     Returns:
@@ -91,7 +101,7 @@ def eigenvalues(
         found, and its residuals say how good.
 
     Raises:
-      TypeError: `key` is not a PRNG key, or `fun`, `params` or `batches` is none that `hvp` takes.
+      TypeError: `key` is not a PRNG key, or `fun`, `params`, `batches` or `weight` is none that `hvp` takes.
       ValueError: `k` is less than 1 or more than the number of parameters, `which` is unknown, `tol` is not
         positive, `max_products` is less than 2 k, or `mask` does not fit `params` or selects nothing.
       FloatingPointError: the product of a batch is not finite.
@@ -113,11 +123,11 @@ def eigenvalues(
       Golub, Van Loan, Matrix Computations, 4th edition, chapter 10, Johns Hopkins University Press, 2013.
       Parlett, The Symmetric Eigenvalue Problem, chapter 13, SIAM, 1998.
     """
-    key = as_key(key)
+    key = check_call(key, batches)
     check_choice("which", which, _RANKS)
     check_tolerance("tol", tol)
     check_count("k", k, 1)
-    operator = Operator(fun, params, batches, mask=mask, callback=callback)
+    operator = Operator(fun, params, batches, mask=mask, weight=weight, callback=callback)
     if k > operator.size:
         raise ValueError(f"k: expected at most the number of parameters, {operator.size}, got {k}.")
     if max_products is not None:

@@ -1,9 +1,11 @@
 """Products of the Hessian or the Gauss-Newton matrix with vectors, and checks that every estimator shares."""
 
+import contextlib
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,18 @@ import numpy as np
 
 from nso_jax import noise
 from nso_jax._backend import on_cpu
-from nso_jax._checks import check_count, check_inexact, check_loss, check_scalar, describe, leaf_mask
+from nso_jax._checks import (
+    as_key,
+    check_count,
+    check_inexact,
+    check_loss,
+    check_scalar,
+    describe,
+    leaf_mask,
+    leaf_name,
+)
+from nso_jax._checks import check_function as check_callable
+from nso_jax._derivatives import linearize, linearize_gradient
 
 # Linearizations of a list's batches are kept for the next product while they take no more than this together.
 _KEPT_BYTES = 2**28
@@ -19,6 +32,10 @@ _KEPT_BYTES = 2**28
 _BLOCK_BYTES = 2**29
 # Vectors side by side where there is more than a CPU, to fill it.
 _CHUNK_SIZE = 8
+
+# How much the mean loss of a batch counts.
+Weight = Callable[[Any], Any]
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,15 +77,21 @@ class GaussNewton:
 
 
 def hvp(
-    fun: Callable[[Any, Any], jax.Array], params: Any, batches: Any, *, mask: Any = None
+    fun: Callable[[Any, Any], jax.Array],
+    params: Any,
+    batches: Any,
+    *,
+    mask: Any = None,
+    weight: Callable[[Any], Any] | None = None,
 ) -> Callable[[Any], Any]:
     r"""Returns the function that multiplies the Hessian of the mean loss with a tangent.
 
-    With n_b examples in batch b and N in all of them, the product is
+    With the weight n_b of batch b, by default its number of examples, and N of all of them, the product is
 
         H v = sum_b (n_b / N) d/dt grad fun(params + t v, batch_b) at t = 0,
 
     the forward derivative of a gradient: about two gradients' time, about twice their memory, no matrix.
+    Where a `jax.custom_vjp` inside the loss forbids forward mode, it is the backward derivative instead.
 
     Each shape of batch is compiled once; the loop over the batches runs in Python, with one batch's
     temporaries on the device at a time. The gradient is linearized once for each batch. The results of one
@@ -86,10 +109,13 @@ def hvp(
       batches: either one batch: an array, a tuple, a dict, a NamedTuple or any other pytree that is not a
         list. Or many: a list of them, or an iterable that is no pytree and can be iterated again, such as
         a data loader, which must give the same examples in every pass. A batch of None or () suits a
-        loss without data. A batch counts by its size: the length of the leading axis of its first leaf
-        that has one.
+        loss without data.
       mask: bools, a prefix pytree of `params` or a callable giving one: only these leaves' block of H. The
         tangent's other leaves do not count, and the product is zero there.
+      weight: `weight(batch)` is how much the mean loss of a batch counts: what `fun` divides its sum by, a
+        number >= 0. A loss that is a mean over tokens, or over anything else than examples, needs it:
+        `weight=lambda batch: batch["mask"].sum()`. Batches of weight 0 are skipped. None: the number of
+        examples, the length of the leading axis of the batch's leaves (1 where none has an axis).
 
     Returns:
       `product(tangent)`, from a pytree like `params` to another, of the same dtypes. It loops in Python,
@@ -97,9 +123,11 @@ def hvp(
 
     Raises:
       TypeError: `fun` is not callable or returns no real scalar, a leaf of `params` is not real floating
-        point, or `batches` is a generator or other iterator, which ends after one pass.
-      ValueError: there are no batches, one of them has no examples, `mask` does not fit `params` or selects
-        nothing, or the tangent is unlike `params`.
+        point, `batches` is a generator or other iterator, which ends after one pass, `weight` gives no real
+        number, or it is all called inside jit, or inside vmap or grad over one of the arguments.
+      ValueError: there are no batches, one of them has no examples, leaves of one of several batches differ
+        in their leading axes and there is no `weight`, a weight is negative, not finite or no scalar, all
+        are zero, `mask` does not fit `params` or selects nothing, or the tangent is unlike `params`.
       FloatingPointError: the product of a batch is not finite.
 
     Example:
@@ -118,7 +146,7 @@ def hvp(
     References:
       Pearlmutter, Fast exact multiplication by the Hessian, Neural Computation 6(1), 1994.
     """
-    operator = Operator(fun, params, batches, mask=mask)
+    operator = Operator(fun, params, batches, mask=mask, weight=weight)
 
     def product(tangent: Any) -> Any:
         _check_tangent(tangent, operator.params)
@@ -134,6 +162,7 @@ def ggn_vp(
     batches: Any,
     *,
     mask: Any = None,
+    weight: Callable[[Any], Any] | None = None,
 ) -> Callable[[Any], Any]:
     """Returns the function that multiplies the Gauss-Newton matrix of the mean loss with a tangent.
 
@@ -145,6 +174,7 @@ def ggn_vp(
       params: as in `hvp`.
       batches: as in `hvp`.
       mask: as in `hvp`.
+      weight: as in `hvp`.
 
     Returns:
       `product(tangent)`, as `hvp` does.
@@ -167,7 +197,7 @@ def ggn_vp(
       Schraudolph, Fast curvature matrix-vector products for second-order gradient descent, Neural
       Computation 14(7), 2002.
     """
-    return hvp(GaussNewton(model, loss), params, batches, mask=mask)
+    return hvp(GaussNewton(model, loss), params, batches, mask=mask, weight=weight)
 
 
 class Operator:
@@ -189,11 +219,13 @@ class Operator:
         batches: Any,
         *,
         mask: Any = None,
+        weight: Weight | None = None,
         chunk_size: int | None = None,
         callback: Callable[[int], object] | None = None,
     ) -> None:
         check_batches(batches)
         check_function(fun)
+        check_weight(weight)
         if chunk_size is not None:
             check_count("chunk_size", chunk_size, 1)
         self.params = check_params(params)
@@ -204,9 +236,9 @@ class Operator:
         self.dtype = np.dtype(np.float64 if np.dtype(np.float64) in dtypes else np.float32)
         self.epsilon = max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
         self.num_products = 0
-        self._batches = batches
+        self._fun, self._batches, self._weight = fun, batches, weight
         self._steps = _kept_steps(fun, self.flags) if is_jitted(fun) else _new_steps(fun, self.flags)
-        self._kept: dict[int, tuple[int, Any]] = {}
+        self._kept: dict[int, Any] = {}
         self._kept_bytes = 0
         self._chunk_size = chunk_size or (1 if on_cpu() else _CHUNK_SIZE)
         self._callback = callback
@@ -252,17 +284,17 @@ class Operator:
         padded = jnp.asarray(np.pad(vectors, ((0, padding), (0, 0))) if padding else vectors, self.dtype)
         chunks = [padded[i : i + size] for i in range(0, len(padded), size)]
         sums: list[Any] = [(jnp.zeros_like(chunk), jnp.zeros_like(chunk)) for chunk in chunks]
-        sizes: list[int] = []
-        finite: list[list[jax.Array]] = []
-        for batch_size, linear in self._linearizations():
-            sizes.append(batch_size)
-            finite.append([])
+        weights: list[float] = []
+        finite: dict[int, list[jax.Array]] = {}
+        for index, weight, linear in self._linearizations():
+            weights.append(weight)
+            finite[index] = []
             for i, chunk in enumerate(chunks):
                 # Relative to the first batch, so that one batch or equal ones are not rounded once more.
-                sums[i], ok = self._steps.add(sums[i], batch_size / sizes[0], self._chosen, linear, chunk)
-                finite[-1].append(ok)
+                sums[i], ok = self._steps.add(sums[i], weight / weights[0], self._chosen, linear, chunk)
+                finite[index].append(ok)
         # Asked only now: waiting for each batch would leave the device idle between them.
-        for index, flags in enumerate(jax.device_get(finite)):
+        for index, flags in jax.device_get(finite).items():
             if not all(flags):
                 raise FloatingPointError(
                     f"The Hessian-vector product of batches[{index}] is not finite: look for NaN or infinity "
@@ -271,22 +303,19 @@ class Operator:
         self.num_products += len(vectors)
         if self._callback is not None:
             self._callback(self.num_products)
-        return [_divide(total, sum(sizes) / sizes[0]) for total, _ in sums]
+        return [_divide(total, sum(weights) / weights[0]) for total, _ in sums]
 
-    def _linearizations(self) -> Iterator[tuple[int, Any]]:
-        """Each batch's size and linearized gradient, which is kept from the last pass where there is room."""
-        index = -1
-        for index, batch in enumerate(each(self._batches)):
-            if index in self._kept:
-                yield self._kept[index]
-                continue
-            found = batch_size(batch, index), self._steps.linearize(self.params, batch)
-            if self._may_keep(size := _bytes(found[1])):
-                self._kept[index] = found
-                self._kept_bytes += size
-            yield found
-        if index < 0:
-            raise ValueError("batches is empty: its iteration gave no batch.")
+    def _linearizations(self) -> Iterator[tuple[int, float, Any]]:
+        """Each batch's number, weight and linearized gradient, kept from the last pass if there is room."""
+        for index, batch, weight in weighted(self._batches, self._weight):
+            linear = self._kept.get(index)
+            if linear is None:
+                with explained(self._fun, self._batches):
+                    linear = self._steps.linearize(self.params, batch)
+                if self._may_keep(size := _bytes(linear)):
+                    self._kept[index] = linear
+                    self._kept_bytes += size
+            yield index, weight, linear
 
     def _may_keep(self, size: int) -> bool:
         """Whether there is room for one more batch's linearization, which a loader may not give again."""
@@ -318,7 +347,7 @@ def _new_steps(fun: Callable[[Any, Any], jax.Array], flags: tuple[bool, ...]) ->
         if isinstance(fun, GaussNewton):
             return _gauss_newton(fun, with_chosen, chosen, batch)
         gradient = jax.grad(lambda chosen: _checked_loss(fun(with_chosen(chosen), batch)))
-        return _linearize(gradient, chosen)[1]
+        return linearize_gradient(gradient, chosen)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def add(
@@ -345,20 +374,14 @@ def is_jitted(fun: Any) -> bool:
 
 def _gauss_newton(fun: GaussNewton, with_chosen: Callable[..., Any], chosen: Any, batch: Any) -> Any:
     """The linear function v -> J^T H J v."""
-    outputs, forward = _linearize(lambda chosen: fun.model(with_chosen(chosen), batch), chosen)
-    _, backward = jax.vjp(lambda chosen: fun.model(with_chosen(chosen), batch), chosen)
+    outputs, forward, backward = linearize(lambda chosen: fun.model(with_chosen(chosen), batch), chosen)
     gradient = jax.grad(lambda outputs: _checked_loss(fun.loss(outputs, batch)))
-    _, curve = _linearize(gradient, outputs)
+    curve = linearize_gradient(gradient, outputs)
     return jax.tree_util.Partial(_backward_curve_forward, backward, curve, forward)
 
 
-def _linearize(function: Callable[[Any], Any], at: Any) -> tuple[Any, Any]:
-    """`jax.linearize`, also where the derivative is zero, which leaks a tracer out of jit in jax 0.8."""
-    return jax.linearize(lambda x: jax.lax.optimization_barrier((function(x), x))[0], at)
-
-
 def _backward_curve_forward(backward: Any, curve: Any, forward: Any, tangent: Any) -> Any:
-    return backward(curve(forward(tangent)))[0]
+    return backward(curve(forward(tangent)))
 
 
 def _select(leaves: list[Any], flags: tuple[bool, ...]) -> list[Any]:
@@ -418,12 +441,142 @@ def batch_size(batch: Any, index: int) -> int:
     return int(shape[0])
 
 
+def batch_weight(batch: Any, index: int, weight: Weight | None) -> float:
+    """How much a batch's mean loss counts: what `weight` says, else by its number of examples."""
+    if weight is None:
+        return batch_size(batch, index)
+    value = weight(batch)
+    name = f"weight(batches[{index}])"
+    check_scalar(name, value, lambda x: 0 <= x < np.inf, "a finite number >= 0")
+    return float(value)
+
+
+def weighted(batches: Any, weight: Weight | None) -> Iterator[tuple[int, Any, float]]:
+    """The batches that count, with their numbers and weights."""
+    count, total = 0, 0.0
+    uneven = ""
+    for index, batch in enumerate(each(batches)):
+        count += 1
+        check_concrete(f"batches[{index}]", batch)
+        if weight is None:
+            uneven = uneven or unevenness(batch, index)
+            if uneven and count > 1:  # of one batch alone, the size does not matter
+                raise ValueError(uneven)
+        value = batch_weight(batch, index, weight)
+        total += value
+        if value:
+            yield index, batch, value
+    if not count:
+        raise ValueError("batches is empty: its iteration gave no batch.")
+    if not total:
+        raise ValueError("weight: is 0 for all batches, so that there is no mean loss.")
+
+
+def unevenness(batch: Any, index: int) -> str:
+    """What is wrong with a batch whose leaves do not agree on the number of examples, else nothing."""
+    leaves = [(path, np.shape(leaf)) for path, leaf in jax.tree.leaves_with_path(batch)]
+    lengths = {leaf_name(path): shape[0] for path, shape in leaves if shape}
+    if len(set(lengths.values())) <= 1:
+        return ""
+    shown = ", ".join(f"{name}: {length}" for name, length in lengths.items())
+    return (
+        f"batches[{index}]: its leaves have leading axes of different lengths, {shown}, so that it is not "
+        "clear how many examples it has; say it, as in weight=lambda batch: batch['x'].shape[0]."
+    )
+
+
+@contextlib.contextmanager
+def explained(fun: Any, batches: Any) -> Iterator[None]:
+    """Notes on an error that a call of `fun` raises what may be wrong with the call."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, TypeError) and _wants_other_arguments(fun):
+            error.add_note(
+                "fun is called as fun(params, batch), with a batch as one argument: for a loss of more, pass "
+                "lambda params, batch: loss(params, *batch)."
+            )
+        if _looks_like_many(batches):
+            error.add_note(
+                f"batches is a tuple of {len(batches)}: that is one batch, and fun is given all of it. Give "
+                "many batches as a list."
+            )
+        raise
+
+
+def _wants_other_arguments(fun: Any) -> bool:
+    parts = (fun.model, fun.loss) if isinstance(fun, GaussNewton) else (fun,)
+    for part in parts:
+        try:
+            inspect.signature(part).bind(None, None)
+        except TypeError:
+            return True
+        except ValueError:  # a builtin without a signature
+            continue
+    return False
+
+
+def _looks_like_many(batches: Any) -> bool:
+    """Whether a tuple has elements of one kind, which differ in their leading axes at most."""
+    if type(batches) is not tuple or len(batches) < 2:  # noqa: PLR2004
+        return False
+    kinds = [
+        (jax.tree.structure(batch), [np.shape(leaf)[1:] for leaf in jax.tree.leaves(batch)])
+        for batch in batches
+    ]
+    return all(kind == kinds[0] for kind in kinds[1:])
+
+
 def orthogonalise(vectors: np.ndarray, basis: np.ndarray) -> np.ndarray:
     """A vector, or rows of them, without what lies in the span of a basis with orthonormal rows."""
     # Twice, because the first pass leaves rounding errors of the size of what it removed.
     for _ in range(2):
         vectors = vectors - (vectors @ basis.T) @ basis
     return vectors
+
+
+class _Required:
+    """The default of an argument that has none: says so better than Python does."""
+
+    def __repr__(self) -> str:
+        return "required"
+
+
+def starting_with_key(function: _Function) -> _Function:
+    """Lets a function of (key, fun, params, batches) see for itself that one is missing, say the key."""
+    function.__defaults__ = (_Required(),)
+    return function
+
+
+def check_call(key: Any, batches: Any) -> jax.Array:
+    """`key` as a typed key; raises TypeError if it is not one, or if the last argument is missing."""
+    order = "The arguments are (key, fun, params, batches), in this order."
+    try:
+        typed = as_key(key)
+    except TypeError as error:
+        missing = " 'batches' is missing." if isinstance(batches, _Required) else ""
+        raise TypeError(f"{error}{missing} {order}") from None
+    if isinstance(batches, _Required):
+        raise TypeError(f"Missing argument: 'batches'. {order} With no data, give None.")
+    check_concrete("key", typed)
+    return typed
+
+
+def check_concrete(name: str, tree: Any) -> None:
+    """Raises TypeError for an array whose values jit, vmap or grad hide."""
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        if isinstance(leaf, jax.core.Tracer):
+            where = f" for leaf {leaf_name(path)}" if path else ""
+            raise TypeError(f"{name}: got a tracer, {describe(leaf)}{where}; {_OUTSIDE}")
+
+
+_OUTSIDE = "curvature.* loops over the data in Python: call it outside jit, vmap and grad."
+
+
+def check_weight(weight: Any) -> None:
+    """Raises TypeError unless `weight` is a function or None."""
+    if weight is not None:
+        check_callable("weight", weight, "a function of a batch, or None")
 
 
 def check_function(fun: Any) -> None:
@@ -448,6 +601,9 @@ def check_batches(batches: Any) -> None:
 def check_params(params: Any) -> Any:
     """`params` with every leaf a JAX array; raises for leaves that have no curvature or a complex one."""
     check_inexact(params)
+    check_concrete("params", params)
+    if isinstance(jnp.zeros(()), jax.core.Tracer):
+        raise TypeError(f"params: expected to be used outside of jit; {_OUTSIDE}")
     for path, leaf in jax.tree.leaves_with_path(params):
         if jnp.iscomplexobj(leaf):
             raise TypeError(
@@ -480,6 +636,7 @@ def _check_tangent(tangent: Any, params: Any) -> None:
     expected: Any = jax.tree.structure(params)
     if given != expected:
         raise ValueError(f"tangent: expected a pytree like params, {expected}, got {given}.")
+    check_concrete("tangent", tangent)
     leaves = jax.tree.leaves(tangent)
     for (path, like), leaf in zip(jax.tree.leaves_with_path(params), leaves, strict=True):
         if np.shape(leaf) != like.shape:

@@ -8,8 +8,14 @@ import numpy as np
 from scipy.linalg import eigh_tridiagonal
 from scipy.stats import norm
 
-from nso_jax._checks import as_key, check_count
-from nso_jax.curvature.operators import Operator, check_tolerance, orthogonalise
+from nso_jax._checks import check_count
+from nso_jax.curvature.operators import (
+    Operator,
+    check_call,
+    check_tolerance,
+    orthogonalise,
+    starting_with_key,
+)
 from nso_jax.curvature.probes import mean_and_error
 
 # Probes go side by side as long as their bases take no more than this together.
@@ -38,6 +44,7 @@ class Density(NamedTuple):
     num_products: int
 
 
+@starting_with_key
 def spectral_density(
     key: jax.Array,
     fun: Callable[[Any, Any], jax.Array],
@@ -49,6 +56,7 @@ def spectral_density(
     width: float | None = None,
     num_points: int = 1000,
     mask: Any = None,
+    weight: Callable[[Any], Any] | None = None,
     chunk_size: int | None = None,
     callback: Callable[[int], object] | None = None,
 ) -> Density:
@@ -77,6 +85,8 @@ def spectral_density(
         the range of the nodes.
       num_points: points of the grid, which reaches five widths beyond the outermost nodes.
       mask: bools, a prefix pytree of `params` or a callable giving one: only these leaves' block of H.
+      weight: `weight(batch)`, how much the mean loss of a batch counts, as in `hvp`: a mean over tokens needs
+        it, `lambda batch: batch["mask"].sum()`. None: the number of examples.
       chunk_size: probes multiplied side by side by vmap. None: one on CPU, where more are slower, else 8.
       callback: called with the number of products so far, whenever some are done: for a progress bar.
 
@@ -84,7 +94,7 @@ def spectral_density(
       A `Density`. Where the density is far below its error, read it as zero.
 
     Raises:
-      TypeError: `key` is not a PRNG key, or `fun`, `params` or `batches` is none that `hvp` takes.
+      TypeError: `key` is not a PRNG key, or `fun`, `params`, `batches` or `weight` is none that `hvp` takes.
       ValueError: `num_probes` or `num_points` is less than 2, `num_steps` less than 1, `width` not positive,
         or `mask` does not fit `params` or selects nothing.
       FloatingPointError: the product of a batch is not finite.
@@ -109,13 +119,15 @@ def spectral_density(
       Ghorbani, Krishnan, Xiao, An Investigation into Neural Net Optimization via Hessian Eigenvalue Density,
       arXiv 1901.10159, 2019.
     """
-    key = as_key(key)
+    key = check_call(key, batches)
     check_count("num_probes", num_probes, 2)
     check_count("num_steps", num_steps, 1)
     check_count("num_points", num_points, 2)
     if width is not None:
         check_tolerance("width", width)
-    operator = Operator(fun, params, batches, mask=mask, chunk_size=chunk_size, callback=callback)
+    operator = Operator(
+        fun, params, batches, mask=mask, weight=weight, chunk_size=chunk_size, callback=callback
+    )
     steps = min(num_steps, operator.size)
     together = max(1, _BASES_BYTES // (8 * operator.size * steps))
     quadratures = []

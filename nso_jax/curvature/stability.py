@@ -10,17 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from nso_jax import noise
-from nso_jax._checks import as_key, check_count
+from nso_jax._checks import check_count
 from nso_jax.curvature.operators import (
     GaussNewton,
-    batch_size,
+    Weight,
     check_batches,
+    check_call,
     check_function,
     check_params,
     check_tolerance,
     chosen_leaves,
-    each,
+    explained,
     is_jitted,
+    starting_with_key,
+    weighted,
 )
 from nso_jax.curvature.probes import mean_and_error
 from nso_jax.curvature.trace import Estimate, trace
@@ -42,6 +45,11 @@ _MAX_REFINEMENTS = 6
 # What an error explains, in standard errors, and in roundings of a loss.
 _DOUBT = 3
 _ROUNDINGS = 4
+# The lowest gap is known well where it is so many standard errors; if it is not, the trace may be.
+_KNOWN = 8
+# A trace that may be zero, and is less than this part of the lowest gap, has no part in it.
+_NOTHING = 0.1
+_MAX_DOUBLINGS = 3  # of the draws, where they leave it open whether a limit is reached
 
 
 class StabilityGap(NamedTuple):
@@ -89,6 +97,7 @@ class SigmaSuggestion(NamedTuple):
     table: StabilityGap
 
 
+@starting_with_key
 def noise_stability_gap(
     key: jax.Array,
     fun: Callable[[Any, Any], jax.Array],
@@ -101,6 +110,7 @@ def noise_stability_gap(
     method: str = "xtrace",
     sampler: noise.Sampler = noise.normal,
     mask: Any = None,
+    weight: Callable[[Any], Any] | None = None,
     callback: Callable[[int], object] | None = None,
 ) -> StabilityGap:
     """Measures how much noise U of standard deviation sigma in the weights W raises the mean loss f.
@@ -135,6 +145,8 @@ def noise_stability_gap(
         `noise.rademacher` the diagonal of H enters without variance.
       mask: bools, a prefix pytree of `params` or a callable giving one: only these leaves get noise, and
         only their block of H counts.
+      weight: `weight(batch)`, how much the mean loss of a batch counts, as in `hvp`: a mean over tokens needs
+        it, `lambda batch: batch["mask"].sum()`. None: the number of examples.
       callback: called with the number of evaluations of `fun` so far, after each draw on a batch: for a
         progress bar. They come after the trace, `1 + 2 k len(sigmas)` for each batch.
 
@@ -143,8 +155,8 @@ def noise_stability_gap(
       as large.
 
     Raises:
-      TypeError: `key` is not a PRNG key, `sigmas` is no sequence of numbers, or `fun`, `params` or
-        `batches` is none that `hvp` takes.
+      TypeError: `key` is not a PRNG key, `sigmas` is no sequence of numbers, or `fun`, `params`, `batches`
+        or `weight` is none that `hvp` takes.
       ValueError: `sigmas` is empty or has an entry that is not positive and finite, `num_samples` is less
         than 2, `num_products` is too small for the trace, or `mask` does not fit `params` or selects nothing.
       FloatingPointError: the loss or a product of a batch is not finite.
@@ -168,7 +180,7 @@ def noise_stability_gap(
     References:
       Zhang, Li and Ju, Noise Stability Optimization for Finding Flat Minima, arXiv 2306.08553, 2023.
     """
-    key = as_key(key)
+    key = check_call(key, batches)
     values = _check_sigmas(sigmas)
     problem, estimate = _prepare(
         key,
@@ -180,11 +192,13 @@ def noise_stability_gap(
         method=method,
         sampler=sampler,
         mask=mask,
+        weight=weight,
         callback=callback,
     )
     return _table(_measure(problem, values), estimate)
 
 
+@starting_with_key
 def suggest_sigma(
     key: jax.Array,
     fun: Callable[[Any, Any], jax.Array],
@@ -198,6 +212,7 @@ def suggest_sigma(
     method: str = "xtrace",
     sampler: noise.Sampler = noise.normal,
     mask: Any = None,
+    weight: Callable[[Any], Any] | None = None,
 ) -> SigmaSuggestion:
     """Finds the standard deviation of weight noise that a loss f bears at W.
 
@@ -207,19 +222,25 @@ def suggest_sigma(
         quadratic:  |gap(sigma) - q(sigma)| - 3 e(sigma) = tolerance |q(sigma)|,
 
     gap(sigma) being what `noise_stability_gap` measures, q its growth with sigma^2 from the lowest sigma of
-    the table on, and e(sigma) the standard error of the difference. Beyond the first the noise drowns the
-    loss; beyond the second it penalizes something else than a curvature. For a quadratic loss the result is
-    `sqrt(2 share |f(W)| / |Tr H|)`. Where the trace or the lowest gap does not differ from zero by three
-    standard errors, there is no quadratic picture to break, and only the share counts.
+    the table on, and e(sigma) the standard error of the difference, with q scaled to the gap since only
+    their ratio counts. Beyond the first the noise drowns the loss; beyond the second it penalizes something
+    else than a curvature. For a quadratic loss the result is `sqrt(2 share |f(W)| / |Tr H|)`. Where the trace
+    is zero beside the lowest gap, or neither differs from zero by three standard errors, there is no
+    quadratic picture to break, and only the share counts.
 
     For a smooth loss, `q = sigma^2/2 Tr H`. Kinks, as of ReLU and max-pooling, bend the loss on the average
     over the noise where the Hessian, taken between them, is blind: there q can be several times that, which
-    `table` shows.
+    `table` shows. Where a few eigenvalues dominate, the draws know the lowest gap badly, to less than 1/8 of
+    it, and the trace knows it better: then q is that of the trace, if the two agree.
 
     A ladder of sigmas is measured with the same draws, starting where the trace puts the share, going up or
     down until the limit lies between two rungs. Interpolation and further measurements follow, until the
     limit is met to 5 %, which means 2.5 % of sigma for a gap that grows with its square. It takes three
     passes over the data or more, of twelve evaluations for each draw in all, beside the trace's.
+
+    Where the draws leave open what q is, or whether the quadratic limit is reached before the share, their
+    number is doubled, to eight times `num_samples` at most. If that does not tell either, the limit counts as
+    reached where the estimate says so, whatever its error.
 
     Args:
       key: PRNG key, as in `noise_stability_gap`.
@@ -229,11 +250,12 @@ def suggest_sigma(
       share: by how much of its absolute value the noise may change the loss.
       tolerance: by how much of the quadratic part the gap may differ from it. A very large one leaves only
         the share.
-      num_samples: draws, as in `noise_stability_gap`.
+      num_samples: draws, as in `noise_stability_gap`; up to eight times as many where these are too few.
       num_products: Hessian-vector products for the trace, as in `trace`.
       method: of the trace, as in `trace`; "hutchinson" needs no memory for its products.
       sampler: noise of unit variance, as in `noise_stability_gap`; the one to train with.
       mask: the leaves that get noise, as in `noise_stability_gap`.
+      weight: how much a batch counts, as in `noise_stability_gap`.
 
     Returns:
       The `SigmaSuggestion`. A negative `gap`, as about a maximum, counts by its absolute value.
@@ -260,7 +282,7 @@ def suggest_sigma(
     References:
       Zhang, Li and Ju, Noise Stability Optimization for Finding Flat Minima, arXiv 2306.08553, 2023.
     """
-    key = as_key(key)
+    key = check_call(key, batches)
     check_tolerance("share", share)
     check_tolerance("tolerance", tolerance)
     problem, estimate = _prepare(
@@ -273,20 +295,27 @@ def suggest_sigma(
         method=method,
         sampler=sampler,
         mask=mask,
+        weight=weight,
     )
     loss = _measure(problem, np.empty(0)).loss
     if loss == 0:
         raise ValueError("fun: the loss is 0, so no sigma changes it by a share; use noise_stability_gap.")
-    measure = functools.partial(_measure, problem)
-    used = functools.partial(_used, estimate=estimate, share=share, tolerance=tolerance)
-    gaps = _bracket(measure, used, _start(problem, loss, estimate, share))
-    for _ in range(_MAX_REFINEMENTS):
-        limit, sigma = _first_crossing(gaps.sigma, used(gaps))
-        gaps = _merge(gaps, measure(np.array([sigma])))
-        index = int(np.searchsorted(gaps.sigma, sigma))
-        if abs(used(gaps)[limit][index] - 1) <= _CLOSE:
-            break
+    limits = _Limits(share, tolerance, estimate)
+    start = _start(problem, loss, estimate, share)
+    ladder = start * _STEP ** np.arange(-_BELOW, _RUNGS - _BELOW)
+    gaps = _measure(problem, np.append(start / _REFERENCE, ladder))
+    most = 2**_MAX_DOUBLINGS * num_samples
+    while _beginning(gaps, estimate) == "doubtful" and len(problem.draws) < most:
+        problem, gaps = _with_twice_the_draws(problem, gaps)
+    gaps, limit, sigma = _find(problem, limits, gaps)
+    while limit == "share" and limits.doubt and _may_be_beyond(gaps, limits, sigma):
+        if len(problem.draws) < most:
+            problem, gaps = _with_twice_the_draws(problem, gaps)
+        else:
+            limits = limits._replace(doubt=0)
+        gaps, limit, sigma = _find(problem, limits, gaps)
     table = _table(gaps, estimate)
+    index = int(np.searchsorted(gaps.sigma, sigma))
     return SigmaSuggestion(
         sigma, limit, float(table.gap[index]), float(table.standard_error[index]), loss, estimate, table
     )
@@ -300,8 +329,18 @@ class _Problem(NamedTuple):
     params: Any
     flags: tuple[bool, ...]
     batches: Any
-    num_samples: int
+    weight: Weight | None
+    draws: range
     callback: Callable[[int], object] | None
+
+
+class _Limits(NamedTuple):
+    """What forbids more noise."""
+
+    share: float
+    tolerance: float
+    trace: Estimate
+    doubt: float = _DOUBT
 
 
 class _Gaps(NamedTuple):
@@ -324,6 +363,7 @@ def _prepare(
     method: str,
     sampler: noise.Sampler,
     mask: Any,
+    weight: Weight | None,
     callback: Callable[[int], object] | None = None,
 ) -> tuple[_Problem, Estimate]:
     """What to measure, and the trace, with keys of their own."""
@@ -334,9 +374,19 @@ def _prepare(
     flags = tuple(chosen_leaves(mask, params))
     loss = fun.__call__ if isinstance(fun, GaussNewton) else fun
     trace_key, noise_key = jax.random.split(key)
-    estimate = trace(trace_key, loss, params, batches, method=method, num_products=num_products, mask=mask)
+    estimate = trace(
+        trace_key,
+        loss,
+        params,
+        batches,
+        method=method,
+        num_products=num_products,
+        mask=mask,
+        weight=weight,
+    )
     draw = functools.partial(_draw, noise_key, sampler=sampler, flags=flags)
-    return _Problem(_compiled(loss), draw, params, flags, batches, num_samples, callback), estimate
+    evaluate, draws = _compiled(loss), range(num_samples)
+    return _Problem(evaluate, draw, params, flags, batches, weight, draws, callback), estimate
 
 
 def _compiled(fun: Callable[[Any, Any], jax.Array]) -> Callable[[Any, Any], jax.Array]:
@@ -358,12 +408,14 @@ _move = jax.jit(noise.perturb)
 def _measure(problem: _Problem, sigmas: np.ndarray) -> _Gaps:
     """One pass over the data, batch by batch; the same draws for every sigma."""
     size = loss = epsilon = 0.0
-    pairs = np.zeros((len(sigmas), problem.num_samples))
+    pairs = np.zeros((len(sigmas), len(problem.draws)))
     largest = np.zeros(len(sigmas))
-    for index, batch in enumerate(each(problem.batches)):
-        clean, noisy = _batch_losses(problem, jax.device_put(batch), sigmas, index)
+    evaluations = 0
+    for index, batch, weight in weighted(problem.batches, problem.weight):
+        with explained(problem.evaluate, problem.batches):
+            clean, noisy = _batch_losses(problem, jax.device_put(batch), sigmas, evaluations)
         _check_finite(clean, noisy, sigmas, index)
-        weight = batch_size(batch, index)
+        evaluations += 1 + noisy.size
         size += weight
         loss += weight * float(clean)
         pairs += weight * noisy.mean(axis=2).T
@@ -374,21 +426,20 @@ def _measure(problem: _Problem, sigmas: np.ndarray) -> _Gaps:
 
 
 def _batch_losses(
-    problem: _Problem, batch: Any, sigmas: np.ndarray, index: int
+    problem: _Problem, batch: Any, sigmas: np.ndarray, evaluations: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """The loss of one batch, and its noisy losses in float64, of shape (draws, sigmas, 2)."""
     clean = problem.evaluate(problem.params, batch)
     scales = [float(sign * sigma) for sigma in sigmas for sign in (1, -1)]
     rows: list[list[jax.Array]] = []
-    for j in range(problem.num_samples if scales else 0):
+    for j in problem.draws if scales else ():
         direction = problem.draw(j, problem.params)
         rows.append([problem.evaluate(_move(problem.params, direction, scale), batch) for scale in scales])
         # At most two directions in memory: the device works on one while the next is on its way.
         jax.block_until_ready(rows[:-1][-1:])
         if problem.callback is not None:
-            before = index * (1 + problem.num_samples * len(scales))
-            problem.callback(before + 1 + len(rows) * len(scales))
-    noisy = np.array(jax.device_get(rows), np.float64).reshape(problem.num_samples, len(sigmas), 2)
+            problem.callback(evaluations + 1 + len(rows) * len(scales))
+    noisy = np.array(jax.device_get(rows), np.float64).reshape(len(problem.draws), len(sigmas), 2)
     return np.asarray(clean), noisy
 
 
@@ -442,27 +493,92 @@ def _start(problem: _Problem, loss: float, estimate: Estimate, share: float) -> 
     return (float(np.sqrt(np.mean(weights**2))) if weights.any() else 1.0) / 10
 
 
-def _used(gaps: _Gaps, *, estimate: Estimate, share: float, tolerance: float) -> dict[str, np.ndarray]:
+def _with_twice_the_draws(problem: _Problem, gaps: _Gaps) -> tuple[_Problem, _Gaps]:
+    """As many draws again at every sigma that has been measured."""
+    count = len(problem.draws)
+    more = _measure(problem._replace(draws=range(count, 2 * count)), gaps.sigma)
+    draws = np.concatenate([gaps.draws, more.draws], axis=1)
+    rounding = np.maximum(gaps.rounding, more.rounding)
+    return problem._replace(draws=range(2 * count)), _Gaps(gaps.sigma, draws, rounding, gaps.loss)
+
+
+def _beginning(gaps: _Gaps, estimate: Estimate) -> str:
+    """What knows how the gap begins to grow: the "draws" or the "trace"; or it is "flat", or "doubtful"."""
+    mean, error = (float(x) for x in mean_and_error(gaps.draws[0]))
+    half_square = gaps.sigma[0] ** 2 / 2
+    by_trace, trace_error = half_square * estimate.value, half_square * estimate.standard_error
+    if abs(by_trace) <= _DOUBT * trace_error:
+        is_seen = abs(mean) > _DOUBT * error + gaps.rounding[0]
+        if not is_seen or abs(by_trace) + _DOUBT * trace_error <= _NOTHING * abs(mean):
+            return "flat"
+    if abs(mean) > _KNOWN * error:
+        return "draws"
+    allowed = _DOUBT * math.hypot(error, trace_error) + gaps.rounding[0]
+    return "trace" if abs(mean - by_trace) <= allowed and trace_error < error else "doubtful"
+
+
+def _used(gaps: _Gaps, limits: _Limits) -> dict[str, np.ndarray]:
     """How much of each limit is used up at each sigma: it is reached at 1."""
     mean, error = mean_and_error(gaps.draws.T)
-    used = {"share": np.abs(mean) / (share * abs(gaps.loss))}
-    # Relative to the lowest sigma, with the same draws, so that most of their noise cancels.
-    growth = (gaps.sigma / gaps.sigma[0]) ** 2
-    expected = growth * mean[0]
-    is_curved = abs(estimate.value) > _DOUBT * estimate.standard_error
-    if is_curved and abs(mean[0]) > _DOUBT * error[0]:
-        excess = gaps.draws - np.outer(growth, gaps.draws[0])
-        doubt = _DOUBT * mean_and_error(excess.T)[1] + gaps.rounding + growth * gaps.rounding[0]
-        used["quadratic"] = (np.abs(mean - expected) - doubt) / (tolerance * np.abs(expected))
+    used = {"share": np.abs(mean) / (limits.share * abs(gaps.loss))}
+    beginning = _beginning(gaps, limits.trace)
+    if beginning == "draws" or (beginning == "doubtful" and abs(mean[0]) > _DOUBT * error[0]):
+        used["quadratic"] = _used_beside_draws(gaps, limits)
+    elif beginning != "flat":
+        used["quadratic"] = _used_beside_trace(gaps, limits)
     return used
 
 
+def _used_beside_draws(gaps: _Gaps, limits: _Limits) -> np.ndarray:
+    """Relative to the lowest sigma, with the same draws, so that most of their noise cancels."""
+    growth = (gaps.sigma / gaps.sigma[0]) ** 2
+    expected = growth * gaps.draws[0].mean()
+    ratio = gaps.draws.mean(axis=1) / expected
+    # The error of a ratio of means, by the delta method: of a gap that levels out, it goes to zero.
+    error = mean_and_error((gaps.draws - np.outer(ratio * growth, gaps.draws[0])).T)[1]
+    rounding = gaps.rounding + np.abs(ratio) * growth * gaps.rounding[0]
+    doubt = (limits.doubt * error + rounding) / np.abs(expected)
+    return (np.abs(ratio - 1) - doubt) / limits.tolerance
+
+
+def _used_beside_trace(gaps: _Gaps, limits: _Limits) -> np.ndarray:
+    """Relative to the trace, which also says how far off the draws are that begin too high or too low."""
+    half_squares = gaps.sigma**2 / 2
+    expected = half_squares * limits.trace.value
+    growth = (gaps.sigma / gaps.sigma[0]) ** 2
+    begun = np.outer(growth, gaps.draws[0]) - expected[:, None]
+    # How much of that a gap keeps, by regression: all of it where it is quadratic, none once it levels out.
+    centered = gaps.draws[0] - gaps.draws[0].mean()
+    kept = (gaps.draws @ centered) / np.maximum(begun @ centered, np.finfo(float).tiny)
+    excess, error = mean_and_error((gaps.draws - expected[:, None] - kept[:, None] * begun).T)
+    error = np.hypot(error, half_squares * limits.trace.standard_error)
+    doubt = limits.doubt * error + gaps.rounding + np.abs(kept) * growth * gaps.rounding[0]
+    return (np.abs(excess) - doubt) / (limits.tolerance * np.abs(expected))
+
+
+def _may_be_beyond(gaps: _Gaps, limits: _Limits, sigma: float) -> bool:
+    """Whether, by the estimate without its error, the quadratic limit is exceeded at a sigma."""
+    used = _used(gaps, limits._replace(doubt=0)).get("quadratic")
+    return used is not None and bool(used[np.searchsorted(gaps.sigma, sigma)] > 1)
+
+
+def _find(problem: _Problem, limits: _Limits, gaps: _Gaps) -> tuple[_Gaps, str, float]:
+    """The limit that is reached first, and the sigma that meets it, which is among those of the gaps."""
+    measure = functools.partial(_measure, problem)
+    used = functools.partial(_used, limits=limits)
+    gaps = _bracket(measure, used, gaps)
+    for _ in range(_MAX_REFINEMENTS):
+        limit, sigma = _first_crossing(gaps.sigma, used(gaps))
+        gaps = _merge(gaps, measure(np.array([sigma])))
+        if abs(used(gaps)[limit][np.searchsorted(gaps.sigma, sigma)] - 1) <= _CLOSE:
+            break
+    return gaps, limit, sigma
+
+
 def _bracket(
-    measure: Callable[[np.ndarray], _Gaps], used: Callable[[_Gaps], dict[str, np.ndarray]], start: float
+    measure: Callable[[np.ndarray], _Gaps], used: Callable[[_Gaps], dict[str, np.ndarray]], gaps: _Gaps
 ) -> _Gaps:
     """Gaps on a ladder of sigmas that leaves the limits open at its lowest rung, and reaches one above it."""
-    ladder = start * _STEP ** np.arange(-_BELOW, _RUNGS - _BELOW)
-    gaps = measure(np.append(start / _REFERENCE, ladder))
     for _ in range(_MAX_EXTENSIONS):
         reached = _reached(used(gaps))
         if not reached.any():

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from nso_jax._checks import as_key, broadcast_prefix, check_choice, check_count
-from nso_jax.curvature.operators import Operator, check_tolerance
+from nso_jax._checks import broadcast_prefix, check_choice, check_count
+from nso_jax.curvature.operators import Operator, check_call, check_tolerance, starting_with_key
 from nso_jax.curvature.probes import Deflation, Hutchinson
 
 # The fewest products of a method: those of two probes.
@@ -34,6 +34,7 @@ class Estimate(NamedTuple):
     per_leaf_standard_error: Any
 
 
+@starting_with_key
 def trace(
     key: jax.Array,
     fun: Callable[[Any, Any], jax.Array],
@@ -44,6 +45,7 @@ def trace(
     num_products: int = 100,
     rtol: float | None = None,
     mask: Any = None,
+    weight: Callable[[Any], Any] | None = None,
     param_labels: Any = None,
     chunk_size: int | None = None,
     callback: Callable[[int], object] | None = None,
@@ -79,6 +81,8 @@ def trace(
         looking after every 8 probes. Stopping at the first good-looking error makes it a little too small;
         the returned one shows whether the tolerance was reached. None: take all the products.
       mask: bools, a prefix pytree of `params` or a callable giving one: only these leaves' block of H.
+      weight: `weight(batch)`, how much the mean loss of a batch counts, as in `hvp`: a mean over tokens needs
+        it, `lambda batch: batch["mask"].sum()`. None: the number of examples.
       param_labels: a prefix pytree of labels for the leaves, or a callable giving one, as in
         `optax.partition`: `per_leaf` is then a dict of the shares of the labels, such as layers.
       chunk_size: probes multiplied side by side by vmap. None: one on CPU, where more are slower, else 8.
@@ -89,7 +93,7 @@ def trace(
       the same products, and adds up to `value`.
 
     Raises:
-      TypeError: `key` is not a PRNG key, or `fun`, `params` or `batches` is none that `hvp` takes.
+      TypeError: `key` is not a PRNG key, or `fun`, `params`, `batches` or `weight` is none that `hvp` takes.
       ValueError: `method` is unknown, `num_products` is too small for it, `rtol` is not positive, `mask` or
         `param_labels` does not fit `params`, or `mask` selects nothing.
       FloatingPointError: the product of a batch is not finite.
@@ -112,9 +116,11 @@ def trace(
       Epperly, Tropp, Webber, XTrace: Making the most of every sample in stochastic trace estimation,
       arXiv 2301.07825, 2023.
     """
-    key = as_key(key)
+    key = check_call(key, batches)
     _check_options(_TRACE_METHODS, method, num_products, rtol)
-    operator = Operator(fun, params, batches, mask=mask, chunk_size=chunk_size, callback=callback)
+    operator = Operator(
+        fun, params, batches, mask=mask, weight=weight, chunk_size=chunk_size, callback=callback
+    )
     groups, tree = _grouping(param_labels, operator)
     if method == "hutchinson":
         estimator: Hutchinson | Deflation = Hutchinson(key, operator)
@@ -129,6 +135,7 @@ def trace(
     return Estimate(float(values[0]), float(errors[0]), operator.num_products, *trees)
 
 
+@starting_with_key
 def diagonal(
     key: jax.Array,
     fun: Callable[[Any, Any], jax.Array],
@@ -139,6 +146,7 @@ def diagonal(
     num_products: int = 100,
     rtol: float | None = None,
     mask: Any = None,
+    weight: Callable[[Any], Any] | None = None,
     param_labels: Any = None,
     chunk_size: int | None = None,
     callback: Callable[[int], object] | None = None,
@@ -166,6 +174,7 @@ def diagonal(
       rtol: stop as soon as the standard errors are at most `rtol` times the estimate, both as Euclidean norms
         over all entries, looking after every 8 probes. None: take all the products.
       mask: as in `trace`; entries of other leaves are 0.
+      weight: as in `trace`.
       param_labels: as in `trace`.
       chunk_size: as in `trace`.
       callback: as in `trace`.
@@ -196,9 +205,11 @@ def diagonal(
       Epperly, Tropp, Webber, XTrace: Making the most of every sample in stochastic trace estimation,
       arXiv 2301.07825, 2023.
     """
-    key = as_key(key)
+    key = check_call(key, batches)
     _check_options(_DIAGONAL_METHODS, method, num_products, rtol)
-    operator = Operator(fun, params, batches, mask=mask, chunk_size=chunk_size, callback=callback)
+    operator = Operator(
+        fun, params, batches, mask=mask, weight=weight, chunk_size=chunk_size, callback=callback
+    )
     groups, tree = _grouping(param_labels, operator)
     if method == "hutchinson":
         estimator: Hutchinson | Deflation = Hutchinson(key, operator)

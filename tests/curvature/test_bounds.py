@@ -287,6 +287,80 @@ def test_probes_of_a_leaf_do_not_depend_on_the_others():
     assert set(np.unique(together["w"])) == {-1.0, 1.0}
 
 
+# What counts as an example
+
+
+def priced(params, batch):
+    """A loss with a leaf that the examples share, and whose name comes first."""
+    return jnp.mean(batch["x"] @ params["w"] ** 2) * jnp.sum(batch["costs"])
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("per", ["example", "batch"])
+def test_weight_says_what_the_examples_are(per):
+    rng = np.random.default_rng(0)
+    params, initial = {"w": jnp.asarray(rng.normal(size=4))}, {"w": jnp.zeros(4)}
+    x, costs = rng.uniform(size=(8, 4)), np.array([0.5, 1.5])
+    batches = [{"costs": costs, "x": x[:5]}, {"costs": costs, "x": x[5:5]}, {"costs": costs, "x": x[5:]}]
+    counts = []
+    bound = bound_of(
+        priced,
+        params,
+        batches,
+        initial_params=initial,
+        per=per,
+        num_probes=2,
+        weight=lambda batch: len(batch["x"]),
+        callback=counts.append,
+    )
+    units = [x[i : i + 1] for i in range(8)] if per == "example" else [x[:5], x[5:]]
+    expected = exact(priced, params, initial, [{"costs": costs, "x": unit} for unit in units], 8)
+    assert bound.sample_size == 8
+    assert counts == [1, 2, 3, 4]  # the batch without examples is skipped
+    for name in ("value", "max_loss", "max_trace"):
+        assert getattr(bound, name) == pytest.approx(expected[name], rel=1e-12)
+
+
+@pytest.mark.parametrize("per", ["example", "batch"])
+@pytest.mark.parametrize(
+    ("weight", "error", "message"),
+    [
+        (None, ValueError, r"batches\[0\]: its leaves have.*\['costs'\]: 2, \['x'\]: 5.*weight=lambda"),
+        (lambda _: 57, ValueError, r"weight\(batches\[0\]\): .*one of \[2, 5\], got 57; .*not count tokens"),
+        (lambda _: 2.5, ValueError, r"weight\(batches\[0\]\): .*one of \[2, 5\], got 2.5"),
+        (lambda _: -1, ValueError, r"weight\(batches\[0\]\): expected a finite number >= 0, got -1"),
+        (lambda _: 0, ValueError, "none that `weight` lets count"),
+        (7, TypeError, "weight: expected a function of a batch, or None"),
+    ],
+)
+def test_errors_in_the_number_of_examples(per, weight, error, message):
+    batch = {"costs": np.ones(2), "x": np.ones((5, 3))}
+    with pytest.raises(error, match=message):
+        bound_of(priced, W, batch, initial_params=W, per=per, weight=weight)
+
+
+def test_error_where_the_loss_has_a_custom_vjp():
+    square = jax.custom_vjp(lambda x: x**2)
+    square.defvjp(lambda x: (x**2, x), lambda x, g: (2 * x * g,))
+    for fun in (lambda p, _: jnp.sum(square(p["w"])), jax.jit(lambda p, _: jnp.sum(square(p["w"])))):
+        with pytest.raises(TypeError, match=r"fun: has a jax.custom_vjp inside.*give the same loss without"):
+            bound_of(fun, W, None, initial_params=W)
+
+
+def test_errors_inside_a_transformation():
+    def bound(params, initial, batch):
+        return bound_of(cubic, params, batch, initial_params=initial, num_probes=2).value
+
+    arguments = W, W, jnp.ones(2)
+    for position, name in enumerate(("params", "initial_params", r"batches\[0\]")):
+        axes = [0 if i == position else None for i in range(3)]
+        mapped = [jax.tree.map(lambda x: x[None], x) if axis == 0 else x for x, axis in zip(arguments, axes)]  # noqa: B905
+        with pytest.raises(TypeError, match=f"{name}: got a tracer, .*call it outside jit, vmap and grad"):
+            jax.vmap(bound, in_axes=axes)(*mapped)
+    with pytest.raises(TypeError, match="params: expected to be used outside of jit"):
+        jax.jit(lambda: bound(*arguments))()
+
+
 # Errors
 
 W = {"w": jnp.ones(3)}

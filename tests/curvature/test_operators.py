@@ -365,8 +365,13 @@ def test_errors_in_key_and_mask(estimator, key, mask, error, message):
     "estimator", [curvature.trace, curvature.diagonal, curvature.eigenvalues, curvature.spectral_density]
 )
 def test_error_where_the_key_is_missing(estimator):
-    with pytest.raises(TypeError, match="'batches'"):
+    order = r"The arguments are \(key, fun, params, batches\), in this order"
+    with pytest.raises(TypeError, match=f"key: expected a PRNG key.* 'batches' is missing. {order}"):
         estimator(cubic, W, 1.0)
+    with pytest.raises(TypeError, match=f"key: expected a PRNG key.*got dict. {order}"):
+        estimator(W, cubic, W, 1.0)
+    with pytest.raises(TypeError, match=f"Missing argument: 'batches'. {order}"):
+        estimator(KEY, cubic, W)
 
 
 @pytest.mark.parametrize(
@@ -392,3 +397,144 @@ def test_errors_in_gauss_newton_parts():
 def test_errors_in_chunk_size(estimator):
     with pytest.raises(ValueError, match="chunk_size: expected an int >= 1, got 0"):
         estimator(KEY, cubic, W, 1.0, chunk_size=0)
+
+
+# Calls that curvature cannot take, and what to do
+
+
+TRANSFORMED = {
+    "jit": jax.jit,
+    "vmap": lambda f: lambda *args: jax.vmap(f)(*jax.tree.map(lambda x: jnp.stack([x, x]), args)),
+    "grad": lambda f: lambda params, *args: jax.grad(lambda params: f(params, *args))(params),
+}
+OUTSIDE = "call it outside jit, vmap and grad"
+
+
+@pytest.mark.parametrize("transformation", TRANSFORMED)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_error_inside_a_transformation(estimator, transformation):
+    def measured(params):
+        return ESTIMATORS[estimator](cubic, params, 1.0)
+
+    with pytest.raises(TypeError, match=rf"params: got a tracer, float32\[3\] for leaf \['w'\]; .*{OUTSIDE}"):
+        TRANSFORMED[transformation](measured)(W)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_error_inside_jit_with_params_and_data_from_outside(estimator):
+    with pytest.raises(TypeError, match=rf"params: expected to be used outside of jit.*{OUTSIDE}"):
+        jax.jit(lambda: ESTIMATORS[estimator](cubic, W, 1.0))()
+
+
+@pytest.mark.parametrize("form", [lambda x: x, lambda x: [np.ones(2), x], lambda x: Loader([x])])
+def test_error_where_the_data_are_tracers(form):
+    with pytest.raises(TypeError, match=rf"batches\[[01]\]: got a tracer, float32\[2\]; .*{OUTSIDE}"):
+        jax.vmap(lambda x: curvature.hvp(cubic, W, form(x))(W)["w"])(jnp.ones((4, 2)))
+
+
+def test_error_where_the_key_is_a_tracer():
+    with pytest.raises(TypeError, match=rf"key: got a tracer.*{OUTSIDE}"):
+        jax.vmap(lambda key: curvature.trace(key, cubic, W, 1.0).value)(jax.random.split(KEY))
+
+
+@pytest.mark.parametrize("transformation", ["jit", "vmap", "grad"])
+def test_error_where_a_tangent_is_a_tracer(transformation):
+    product = curvature.hvp(cubic, W, 1.0)
+    with pytest.raises(TypeError, match=rf"tangent: got a tracer.*leaf \['w'\]; .*{OUTSIDE}"):
+        TRANSFORMED[transformation](product)(W)
+
+
+def of_three(params, x, y):
+    return jnp.mean((x @ params["w"] - y) ** 2)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("fun", [of_three, jax.jit(of_three), curvature.GaussNewton(of_three, cubic)])
+def test_error_in_a_loss_of_three_arguments(estimator, fun):
+    with pytest.raises(TypeError, match=r"missing 1 required positional argument: 'y'") as caught:
+        ESTIMATORS[estimator](fun, W, (np.ones((2, 3)), np.ones(2)))
+    (note,) = (note for note in caught.value.__notes__ if "fun" in note)
+    assert "fun is called as fun(params, batch)" in note
+    assert "pass lambda params, batch: loss(params, *batch)" in note
+
+
+@pytest.mark.parametrize("batch", [np.ones((2, 3), np.float32), {"x": np.ones((2, 3), np.float32)}])
+def test_error_in_a_tuple_of_batches(batch):
+    def loss(params, batch):
+        return jnp.mean((batch["x"] if isinstance(batch, dict) else batch @ params["w"]) ** 2)
+
+    with pytest.raises(TypeError, match="unsupported operand") as caught:
+        curvature.trace(KEY, loss, W, (batch, batch, batch))
+    assert any("batches is a tuple of 3: that is one batch" in note for note in caught.value.__notes__)
+    assert any("Give many batches as a list" in note for note in caught.value.__notes__)
+
+
+def test_other_errors_of_a_loss_come_as_they_are():
+    def broken(params, batch):
+        raise RuntimeError("of the loss")
+
+    for batch in (1.0, (np.ones((2, 3)), np.ones(2, int))):
+        with pytest.raises(RuntimeError, match="of the loss") as caught:
+            curvature.trace(KEY, broken, W, batch)
+        assert not any("fun" in note or "batches" in note for note in getattr(caught.value, "__notes__", []))
+
+
+# jax.custom_vjp, which has no forward mode
+
+
+def backward_only(function, *, calls_itself):
+    """`function`, differentiated by a rule of its own, whose forward pass may need the rule again."""
+    custom = jax.custom_vjp(function)
+
+    def forward(x):
+        return (custom if calls_itself else function)(x), x
+
+    custom.defvjp(forward, lambda x, g: (jax.vjp(function, x)[1](g)[0],))
+    return custom
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("calls_itself", [False, True])
+@pytest.mark.parametrize("jit", [lambda f: f, jax.jit, jax.checkpoint])
+def test_products_go_through_a_custom_vjp(calls_itself, jit):
+    params, batch = mlp(jnp.float64)
+    tanh = jit(backward_only(jnp.tanh, calls_itself=calls_itself))
+    square = jit(backward_only(lambda z: z**2 + z**3, calls_itself=calls_itself))
+
+    def model(params, batch, tanh=tanh):
+        first, second = params["layers"]
+        return params["scale"] * (tanh(batch[0] @ first["w"] + first["b"][None]) @ second["w"])
+
+    def loss(outputs, batch, square=square):
+        return jnp.mean(square(outputs - batch[1]))
+
+    plain_model, plain_loss = (
+        lambda params, batch: model(params, batch, jnp.tanh),
+        lambda outputs, batch: loss(outputs, batch, lambda z: z**2 + z**3),
+    )
+    tangent = random_tangent(params)
+    for custom, plain in (
+        (lambda p, b: loss(model(p, b), b), lambda p, b: plain_loss(plain_model(p, b), b)),
+        (curvature.GaussNewton(model, loss), curvature.GaussNewton(plain_model, plain_loss)),
+        (curvature.GaussNewton(plain_model, loss), curvature.GaussNewton(plain_model, plain_loss)),
+    ):
+        expected = curvature.hvp(plain, params, split(batch, 17, 13))(tangent)
+        product = curvature.hvp(custom, params, split(batch, 17, 13))
+        np.testing.assert_allclose(flat(product(tangent)), flat(expected), rtol=1e-9, atol=1e-12)
+        several = curvature.trace(KEY, custom, params, batch, num_products=12, chunk_size=3)
+        same = curvature.trace(KEY, plain, params, batch, num_products=12, chunk_size=3)
+        assert several.value == pytest.approx(same.value, rel=1e-9)
+
+
+def test_a_loss_with_a_custom_vjp_is_traced_once():
+    traces = []
+    tanh = backward_only(jnp.tanh, calls_itself=True)
+
+    def loss(w, x):
+        traces.append(1)
+        return jnp.mean(tanh(x @ w) ** 2)
+
+    product = curvature.hvp(loss, jnp.ones(3), jnp.ones((2, 3)))
+    for _ in range(2):
+        product(jnp.ones(3))
+    assert len(traces) == 1

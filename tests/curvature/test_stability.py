@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from problems import KEY, Loader, split, symmetric
+from scipy.optimize import brentq
 
 from nso_jax import noise
-from nso_jax.curvature import GaussNewton
+from nso_jax.curvature import GaussNewton, stability
 from nso_jax.curvature.stability import noise_stability_gap, suggest_sigma
 
 SIGMAS = [0.01, 0.1, 1.0]
@@ -277,6 +278,97 @@ def test_suggestion_for_a_network_in_float32():
         assert abs(found.gap) == pytest.approx(0.01 * found.loss, rel=0.06)
 
 
+@jax.jit
+def levelling(w, scales):
+    """Rises by less than 1 for each weight: the gap in some directions is `sum(1 - (1 + 2 c sigma^2)^-1/2)`."""
+    return 10 + jnp.sum(1 - jnp.exp(-scales * w**2))
+
+
+@pytest.mark.parametrize(
+    "scales",
+    [[1, 1], [1, 1] + 48 * [0], [1, 0.8] + 3 * [1e-3], [1], [1, 1, 1]],
+    ids=["two", "two of fifty", "two and small ones", "one", "three"],
+)
+def test_suggestion_where_few_eigenvalues_dominate(scales):
+    """The gap is half the quadratic part near .85; 3 standard errors of 16 draws beyond that, near 1.3 at most.
+
+    The share, 2, is never reached, or far beyond.
+    """
+    c = np.asarray(scales, np.float32)
+    for seed in range(30):
+        found = suggest_sigma(jax.random.key(seed), levelling, jnp.zeros(len(c)), c)
+        assert found.limit == "quadratic"
+        assert 0.85 <= found.sigma <= 1.3
+        assert found.sigma in found.table.sigma
+        true = np.sum(1 - 1 / np.sqrt(1 + 2 * c * found.sigma**2))
+        assert 0.3 <= true / (found.sigma**2 * c.sum()) <= 0.52
+
+
+@pytest.mark.parametrize("tolerance", [0.2, 0.9])
+@pytest.mark.parametrize("method", ["xtrace", "hutchinson"])
+def test_suggestion_where_few_eigenvalues_dominate_at_other_tolerances(tolerance, method):
+    """For two equal weights: `1 - (1 + 2 s)^-1/2 = (1 - tolerance) s`, s being sigma^2."""
+    expected = brentq(lambda s: 1 - (1 + 2 * s) ** -0.5 - (1 - tolerance) * s, 0.01, 100) ** 0.5
+    for seed in range(15):
+        options = {"tolerance": tolerance, "method": method, "num_products": 20}
+        found = suggest_sigma(jax.random.key(seed), levelling, jnp.zeros(2), jnp.ones(2), **options)
+        assert found.limit == "quadratic"
+        assert expected <= found.sigma <= 2 * expected
+
+
+def test_suggestion_beside_a_trace_of_too_few_products():
+    """Six products do not tell the trace, 8, of a Hessian with large off-diagonal entries from zero."""
+    basis = symmetric([1.0] * 2 + [0.0] * 28).astype(jnp.float32)
+
+    def projected(w, _):
+        return 10 + 2 * (1 - jnp.exp(-(w @ basis @ w)))
+
+    unknown = 0
+    for seed in range(20):
+        options = {"method": "hutchinson", "num_products": 6}
+        found = suggest_sigma(jax.random.key(seed), jax.jit(projected), jnp.zeros(30), None, **options)
+        unknown += abs(found.trace.value) <= 3 * found.trace.standard_error
+        assert found.limit == "quadratic"
+        assert found.sigma <= 1.3  # the gap, 2 - 2 / (1 + 2 sigma^2), is half the quadratic part at .71
+    assert unknown >= 5
+
+
+def test_suggestion_takes_more_draws_where_it_is_in_doubt_and_no_more_elsewhere(monkeypatch):
+    """The gap of one quartic weight has a long tail: 16 draws cannot say that it is not quadratic."""
+    evaluations = []
+
+    def counted(fun):
+        return lambda params, batch: (evaluations.append(1), fun(params, batch))[1]
+
+    monkeypatch.setattr(stability, "_compiled", counted)
+    suggest_sigma(KEY, quartic, jnp.zeros(400), jnp.asarray(2.0), share=0.05)
+    plain = len(evaluations)
+    assert plain <= 2 + 1 + 2 * 16 * 7  # once, with the ladder, and twice again
+    sigmas, counts = [], []
+    for seed in range(15):
+        evaluations.clear()
+        found = suggest_sigma(jax.random.key(seed), quartic, jnp.zeros(1), jnp.asarray(2.0), share=30)
+        sigmas.append(found.sigma)
+        counts.append(len(evaluations))
+        assert found.limit == "quadratic"
+    # The quadratic limit is .2, and the share, which 16 draws alone would give, 1.5.
+    assert min(sigmas) >= 0.2
+    assert np.median(sigmas) <= 0.45
+    assert max(sigmas) <= 1.0
+    assert max(counts) <= 8 * 16 * 2 * 40
+
+
+def test_suggestion_beside_an_uncertain_trace_of_both_signs():
+    """Twelve positive and eight negative eigenvalues: the draws know the gap badly, the trace does not."""
+
+    def saddle(w, _):
+        return 10 + jnp.sum(jnp.where(jnp.arange(20) < 12, 1.0, -1.0) * (1 - jnp.exp(-(w**2))))
+
+    for seed in range(10):
+        found = suggest_sigma(jax.random.key(seed), jax.jit(saddle), jnp.zeros(20), None)
+        assert found.sigma <= 1.3  # where the gap of each weight has less than half its quadratic part
+
+
 # Errors
 
 
@@ -308,6 +400,18 @@ FUNCTIONS = {"gap": functools.partial(noise_stability_gap, sigmas=[0.1]), "sugge
 def test_errors_in_what_to_measure(function, arguments, error, message):
     with pytest.raises(error, match=message):
         FUNCTIONS[function](*arguments)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_errors_inside_a_transformation(function):
+    def measured(params):
+        return FUNCTIONS[function](KEY, cubic, params, 1.0)
+
+    for transformed in (jax.jit(measured), jax.grad(measured)):
+        with pytest.raises(TypeError, match=r"params: got a tracer, .*call it outside jit, vmap and grad"):
+            transformed(W)
+    with pytest.raises(TypeError, match=r"key: expected a PRNG key.*'batches' is missing"):
+        FUNCTIONS[function](cubic, W, 1.0)
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
