@@ -1,5 +1,7 @@
 """Arguments and results of loss and gradient functions, as `jax.value_and_grad` and optax have them."""
 
+import contextlib
+import inspect
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -82,6 +84,18 @@ def as_loss(out: Any, *, has_aux: bool) -> tuple[jax.Array, PyTree]:
     returns_pair = isinstance(out, tuple) and not has_aux
     check_loss(value, " For a pair (loss, aux) set has_aux=True." if returns_pair else "")
     return value, aux_out
+
+
+def named_after(fun: Callable[..., Any], fn: Callable[..., Any], what: str) -> Callable[..., Any]:
+    """`fn(key, ...)` with the name and signature of `fun`, as in `jax.value_and_grad`, and a docstring."""
+    name = getattr(fun, "__name__", type(fun).__name__)
+    fn.__name__ = fn.__qualname__ = name
+    fn.__doc__ = f"{what} of {name}: fn(key, ...) -> (value, grads), or ((value, aux), grads) if it has aux."
+    with contextlib.suppress(ValueError, TypeError):  # builtins and some callables have none
+        key = inspect.Parameter("key", inspect.Parameter.POSITIONAL_ONLY)
+        own = [p for p in inspect.signature(fun).parameters.values() if p.name != "key"]
+        fn.__signature__ = inspect.Signature([key, *own])  # type: ignore[attr-defined]
+    return fn
 
 
 def check_aux_modes(aux: PyTree, modes: tuple[str, ...]) -> None:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Jaxpr, jaxpr_as_fun
 
-from nso_jax._axes import inner_jaxprs, localize_like
+from nso_jax._axes import inner_jaxprs, localize_like, own_loss
 from nso_jax._checks import PyTree
 from nso_jax.noise import widen
 
@@ -103,7 +103,7 @@ def second_derivative(
 
 def _slope_backward(losses: Callable[[PyTree], jax.Array], x: PyTree, v: PyTree, axes: int) -> jax.Array:
     """`slope`, for each device's own copy of x: JAX would sum the gradient by a common one over devices."""
-    values, pull = jax.vjp(losses, x)
+    values, pull = jax.vjp(lambda x: own_loss(losses(x)), x)
     dtype = widen(values).dtype
 
     def product(g: jax.Array, v: jax.Array) -> jax.Array:

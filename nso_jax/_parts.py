@@ -1,6 +1,7 @@
 """A batch in parts: what `parallel.microbatch` and its NNX form do with each part, and with what it gives."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -92,7 +93,8 @@ def call_on_parts(
         i: Any, key: jax.Array, examples: Batch, others: PyTree, state: PyTree
     ) -> tuple[PyTree, PyTree]:
         fixed, kwargs = others if options["count"] == 1 else fold_keys(others, i)
-        return fn(key, *join(fixed, examples), **kwargs), state
+        with _forgotten_named(fixed, batch):
+            return fn(key, *join(fixed, examples), **kwargs), state
 
     def weight_of(examples: Batch, others: PyTree) -> Any:
         fixed, kwargs = others
@@ -100,6 +102,22 @@ def call_on_parts(
 
     options["weight"] = weight and weight_of
     return mean_over_parts(evaluate, key, batch, (fixed, kwargs), (), **options)[0]
+
+
+@contextlib.contextmanager
+def _forgotten_named(fixed: list[Any], batch: Batch) -> Iterator[None]:
+    """Notes on an error which arguments may be missing among those of the batch."""
+    try:
+        yield
+    except Exception as error:
+        size = _length(batch)
+        for i, argument in enumerate(fixed):
+            if i not in batch and any(jnp.shape(x)[:1] == (size,) for x in jax.tree.leaves(argument)):
+                error.add_note(
+                    f"batch_argnums: args[{i}] has {size} entries, as many as the batch has examples, but is "
+                    f"not among batch_argnums={tuple(batch)}, so all parts get all of it."
+                )
+        raise
 
 
 def mean_over_parts(
@@ -220,7 +238,8 @@ def _joined(
 
 def _as_weight(weight: Any) -> jax.Array:
     check_scalar("weight", weight)
-    return noise.widen(jnp.asarray(weight) * jnp.float32(1))
+    weight = jnp.asarray(weight)
+    return weight if weight.dtype == jnp.float64 else weight.astype(jnp.float32)
 
 
 def _unless_zero(counts: jax.Array, new: Any, old: Any) -> Any:

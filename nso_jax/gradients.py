@@ -17,7 +17,7 @@ from nso_jax._axes import (
     other_axes,
     shared,
 )
-from nso_jax._calls import as_argnums, bind, cast_like, check_aux_modes, summed
+from nso_jax._calls import as_argnums, bind, cast_like, check_aux_modes, named_after, summed
 from nso_jax._checks import (
     PyTree,
     as_key,
@@ -187,7 +187,7 @@ def value_and_grad(
         aux_out = jax.tree.unflatten(jax.tree.structure(aux_like), aux_out)
         return ((value, aux_out) if has_aux else value), grads
 
-    return value_and_grad_fn
+    return named_after(fun, value_and_grad_fn, "Value and gradient, averaged over weight noise,")
 
 
 def mean_over_draws(

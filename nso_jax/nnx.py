@@ -13,7 +13,7 @@ except ImportError as error:
 
 from nso_jax import gradients, parallel
 from nso_jax._axes import AxisName
-from nso_jax._calls import as_loss
+from nso_jax._calls import as_loss, named_after
 from nso_jax._checks import PyTree, as_key
 from nso_jax._parts import (
     Batch,
@@ -143,7 +143,7 @@ def value_and_grad(
         nnx.update(arguments, _only(rest, moved))
         return ((value, aux_out) if has_aux else value), grads
 
-    return value_and_grad_fn
+    return named_after(fun, value_and_grad_fn, "Value and gradient by a module's variables")
 
 
 def microbatch(

@@ -11,6 +11,7 @@ import numpy as np
 
 from nso_jax import gradients, noise
 from nso_jax._axes import AxisName, check_axes
+from nso_jax._calls import named_after
 from nso_jax._checks import (
     PyTree,
     as_key,
@@ -241,7 +242,7 @@ def value_and_grad(
         program = (kept_program if keep else new_program)(form)
         return program(key, _resharded(arrays, mesh, axes, form.specs(axes)))
 
-    return value_and_grad_fn
+    return named_after(fun, value_and_grad_fn, "Value and gradient, averaged over the devices of a mesh,")
 
 
 class _Form(NamedTuple):

@@ -32,6 +32,7 @@ from nso_jax._calls import (
     check_aux_modes,
     check_like_params,
     check_update_arguments,
+    named_after,
     summed,
 )
 from nso_jax._checks import (
@@ -491,7 +492,7 @@ def _after_ascent(
         )
         return ((value, jax.tree.unflatten(treedef, leaves)) if has_aux else value), grads
 
-    return value_and_grad_fn
+    return named_after(fun, value_and_grad_fn, "Value, and gradient after an ascent,")
 
 
 def _step_up(

@@ -1,3 +1,4 @@
+import functools
 import os
 import re
 import socket
@@ -15,7 +16,8 @@ from safetensors.numpy import load_file
 from two_processes import train
 
 import nso_jax
-from nso_jax import _backend, noise, parallel
+import nso_jax.nnx
+from nso_jax import _backend, noise, parallel, sharpness
 
 P = jax.P
 SIGMA = 0.1
@@ -269,6 +271,211 @@ def test_static_arguments_stay_python_values(key):
     chex.assert_tree_all_finite(fn(key, make_params(), make_batch(), True, ("x",)))
 
 
+def test_outside_jit_it_compiles_once(key):
+    traced = []
+
+    def counted(params, batch, train=True):
+        traced.append(train)
+        return loss(params, batch)[0] * (2 if train is True else 1)
+
+    fn = parallel.value_and_grad(counted, sigma=SIGMA, mesh=mesh_of(8), num_microbatches=2)
+    params, batch = make_params(), make_batch()
+    first, _ = fn(key, params, batch)
+    count = len(traced)
+    assert fn(key, params, batch)[0] == first
+    assert fn(jax.random.key(3), jax.tree.map(lambda w: 2 * w, params), batch)[0] != first
+    assert len(traced) == count
+    for flag, factor in ((False, 1), (1, 1), (True, 2), (False, 1)):  # 1 == True, but it is not True
+        np.testing.assert_allclose(fn(key, params, batch, flag)[0], first * factor / 2, rtol=1e-6)
+    assert len(traced) == 4 * count
+    fn(key, params, make_batch(128))
+    assert len(traced) == 5 * count
+    fn(key, params, batch)
+    assert len(traced) == 5 * count
+
+
+def test_values_that_cannot_be_hashed_are_compiled_anew(key):
+    class Scale:
+        __hash__ = None
+        factor = 1.0
+
+    def scaled(params, batch, scale):
+        return scale.factor * loss(params, batch)[0]
+
+    fn = parallel.value_and_grad(scaled, sigma=SIGMA, mesh=mesh_of(8))
+    scale = Scale()
+    before, _ = fn(key, make_params(), make_batch(), scale)
+    scale.factor = 3.0
+    np.testing.assert_allclose(fn(key, make_params(), make_batch(), scale)[0], 3 * before, rtol=1e-6)
+
+
+def test_one_function_in_two_traces(key):
+    """What it closes over is a tracer of each in turn."""
+    held = {}
+    fn = parallel.value_and_grad(
+        lambda params, batch: held["scale"] * loss(params, batch)[0], sigma=SIGMA, mesh=mesh_of(8)
+    )
+
+    def step(scale):
+        held["scale"] = scale
+        return fn(key, make_params(), make_batch())[0]
+
+    one = jax.jit(step)(1.0)
+    np.testing.assert_allclose(jax.jit(functools.partial(step))(2.0), 2 * one, rtol=1e-6)
+
+
+# --- weights and auxiliary output ---------------------------------------------------------------------
+
+
+def tokens(count=64, time=5):
+    """Sequences of uneven lengths: those of the first eighth have no token at all."""
+    rng = np.random.default_rng(3)
+    lengths = np.where(np.arange(count) < count // 8, 0, rng.integers(0, time + 1, count))
+    mask = np.arange(time) < lengths[:, None]
+    return jnp.asarray(rng.normal(size=(count, time, 6)), jnp.float32), jnp.asarray(mask)
+
+
+def token_loss(params, x, mask):
+    losses = jnp.square(jnp.tanh(x @ params["w1"]) @ params["w2"] + params["b"])
+    return jnp.sum(jnp.where(mask, losses, 0)) / jnp.sum(mask.astype(jnp.float32))
+
+
+def token_count(params, x, mask):
+    return mask.sum()
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_mean_over_tokens_is_that_of_one_device(key, loops, count):
+    """The first device has only padding, where the loss is 0 / 0."""
+    params, (x, mask) = make_params(), tokens()
+    plain = jax.value_and_grad(token_loss)(params, x, mask)
+    options = {"batch_argnums": (1, 2), "weight": token_count}
+    on_one = parallel.microbatch(nso_jax.value_and_grad(token_loss, sigma=0.0), count, **options)
+    on_mesh_ = parallel.value_and_grad(
+        token_loss, sigma=0.0, mesh=mesh_of(8), num_microbatches=count, **options
+    )
+    for fn in (on_one, on_mesh_):
+        chex.assert_trees_all_close(jax.jit(fn)(key, params, x, mask), plain, rtol=2e-5, atol=1e-6)
+    rival = parallel.value_and_grad(
+        token_loss, mesh=mesh_of(8), method=sharpness.sam, rho=0.0, num_microbatches=count, **options
+    )
+    chex.assert_trees_all_close(jax.jit(rival)(key, params, x, mask), plain, rtol=2e-5, atol=1e-6)
+
+
+def test_padding_alone_has_no_mean(key):
+    params, (x, mask) = make_params(), tokens()
+    fn = parallel.value_and_grad(
+        token_loss, sigma=SIGMA, mesh=mesh_of(8), batch_argnums=(1, 2), weight=token_count
+    )
+    value, grads = fn(key, params, x, jnp.zeros_like(mask))
+    assert jnp.isnan(value)
+    assert all(jnp.isnan(g).all() for g in jax.tree.leaves(grads))
+
+
+def test_what_is_not_finite_where_it_counts_stays(key):
+    params, (x, mask) = make_params(), tokens()
+    fn = parallel.value_and_grad(
+        token_loss, sigma=SIGMA, mesh=mesh_of(8), batch_argnums=(1, 2), weight=token_count
+    )
+    real = np.argwhere(np.asarray(mask))[-1]
+    assert jnp.isnan(fn(key, params, x.at[tuple(real)].set(jnp.nan), mask)[0])
+    assert jnp.isfinite(fn(key, params, x.at[0].set(jnp.nan), mask)[0])  # padding, which the loss leaves out
+
+
+def test_weights_send_one_number_more(key):
+    params, (x, mask) = make_params(), tokens()
+    options = {"sigma": SIGMA, "mesh": mesh_of(8), "batch_argnums": (1, 2)}
+    plain = reduced_bytes(parallel.value_and_grad(token_loss, **options), key, params, x, mask)
+    weighted = parallel.value_and_grad(token_loss, weight=token_count, **options)
+    assert reduced_bytes(weighted, key, params, x, mask) == {"all-reduce": plain["all-reduce"] + 4}
+
+
+def metrics(params, batch):
+    outputs = jnp.tanh(batch.x @ params["w1"]) @ params["w2"] + params["b"]
+    right = jnp.sign(outputs) == jnp.sign(batch.y)
+    aux = {"right": right.sum(), "each": right, "flag": right, "loss": (outputs - batch.y) ** 2, "y": batch.y}
+    return jnp.mean((outputs - batch.y) ** 2), aux
+
+
+MODES = {"right": "sum", "each": "concatenate", "flag": "sum", "loss": "concatenate", "y": "concatenate"}
+
+
+@pytest.mark.parametrize("method", [nso_jax.value_and_grad, sharpness.sam])
+@pytest.mark.parametrize("count", [1, 2])
+def test_metrics_are_those_of_the_whole_batch(key, loops, method, count):
+    params, batch = make_params(), make_batch()
+    _, plain = metrics(params, batch)
+    strength = {"rho": 0.0} if method is sharpness.sam else {"sigma": 0.0}
+    evaluations = 1 if method is sharpness.sam else 2
+    options = {"has_aux": True, "aux": MODES, **strength}
+    on_one = parallel.microbatch(method(metrics, **options), count, aux=MODES)
+    for fn in (
+        on_one,
+        parallel.value_and_grad(metrics, mesh=mesh_of(8), method=method, num_microbatches=count, **options),
+    ):
+        (_, aux), _ = jax.jit(fn)(key, params, batch)
+        assert aux["right"] == evaluations * plain["right"]
+        assert aux["right"].dtype == jnp.int32
+        assert aux["flag"].dtype == jnp.int32
+        size = len(batch.y) // (count if fn is on_one else 8 * count)
+        assert aux["flag"].shape == (size,)
+        assert aux["flag"].sum() == evaluations * plain["right"]
+        np.testing.assert_array_equal(aux["each"], plain["each"])
+        np.testing.assert_array_equal(aux["y"], batch.y)
+        np.testing.assert_allclose(aux["loss"], plain["loss"], rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_concatenated_stays_sharded():
+    mesh = mesh_of(8)
+    fn = on_mesh(mesh, aux={"error": "mean", "count": "sum", "first": "mean"})
+    (_, aux), _ = fn(jax.random.key(0), make_params(), make_batch())
+    assert aux["count"] == 2 * 64
+    each = parallel.value_and_grad(
+        metrics, sigma=SIGMA, mesh=mesh, has_aux=True, aux="concatenate", num_microbatches=1
+    )
+    with pytest.raises(ValueError, match=r"aux: leaf .*\['right'\] of what fn returns is int32\[\], but to"):
+        each(jax.random.key(0), make_params(), make_batch())
+    (_, aux), _ = parallel.value_and_grad(metrics, sigma=SIGMA, mesh=mesh, has_aux=True, aux=MODES)(
+        jax.random.key(0), make_params(), make_batch()
+    )
+    assert aux["loss"].sharding.spec == P(("data",))
+
+
+def test_typed_keys_are_folded(key):
+    """Dropout masks differ between devices and between parts, and are those that the docs name."""
+
+    def seen(params, batch, rng):
+        bits = jax.random.bits(rng, batch.y.shape)
+        return loss(params, batch)[0], bits
+
+    params, batch, rng = make_params(), make_batch(16), jax.random.key(5)
+    fn = parallel.value_and_grad(
+        seen, sigma=SIGMA, mesh=mesh_of(4, 2), num_microbatches=2, has_aux=True, aux="concatenate"
+    )
+    (_, bits), _ = fn(key, params, batch, rng)
+    by_part = bits.reshape(4, 2, 2).swapaxes(1, 2)  # device, part, example
+    for d in range(4):
+        for i in range(2):
+            own = jax.random.fold_in(jax.random.fold_in(rng, d), i)
+            np.testing.assert_array_equal(by_part[d, i], jax.random.bits(own, (2,)))
+    legacy = parallel.value_and_grad(seen, sigma=SIGMA, mesh=mesh_of(8), has_aux=True, aux="concatenate")
+    (_, bits), _ = legacy(key, params, batch, jax.random.PRNGKey(5))
+    np.testing.assert_array_equal(bits[:2], bits[2:4])
+
+
+def test_rivals_climb_together_on_a_mesh(key):
+    """Against SAM of the whole batch on one device."""
+    params, batch = make_params(), make_batch()
+    expected = sharpness.sam(loss, rho=0.1, has_aux=True)(key, params, batch)
+    fn = parallel.value_and_grad(
+        loss, mesh=mesh_of(8), method=sharpness.sam, rho=0.1, has_aux=True, global_ascent=True
+    )
+    (value, aux), grads = jax.jit(fn)(key, params, batch)
+    chex.assert_trees_all_close((value, grads), (expected[0][0], expected[1]), rtol=2e-5, atol=1e-6)
+    chex.assert_trees_all_close(aux["error"], expected[0][1]["error"], rtol=2e-5)
+    assert reduced_bytes(fn, key, params, batch).keys() == {"all-reduce"}
+
+
 def test_losses_that_scan_from_zeros(key):
     def recurrent(w, x):
         carry, _ = jax.lax.scan(
@@ -472,6 +679,14 @@ def meshed(**options):
         (lambda _: meshed(num_samples=0), ValueError, "num_samples: expected an int >= 1, got 0"),
         (lambda k: meshed()(k, W, X), ValueError, "10 examples, which 4 devices do not divide; drop the last 2 or add 2"),
         (lambda k: meshed(num_microbatches=2)(k, W, X), ValueError, "10 examples, which 2 microbatches times 4 devices do not divide"),
+        (lambda _: micro(2, weight=3.0), TypeError, "weight: expected a function of the arguments of the loss, got 3.0"),
+        (lambda k: micro(2, weight=lambda w, x: -1.0)(k, W, X), ValueError, "weight: expected a number >= 0, got -1.0"),
+        (lambda k: micro(2, weight=lambda w, x: x)(k, W, X), ValueError, "weight: expected a scalar, got shape"),
+        (lambda _: micro(2, aux="median"), ValueError, "aux: expected one of 'mean', 'sum', 'concatenate', .* got 'median'"),
+        (lambda k: micro(2, aux="sum")(k, W, X), ValueError, "aux: not a prefix"),
+        (lambda _: meshed(method=nso_jax.nnx.value_and_grad), TypeError, r"method: NNX modules .* nso_jax.nnx.value_and_grad\(fun, ..., mesh=mesh\)"),
+        (lambda _: meshed(method=functools.partial(nso_jax.nnx.value_and_grad, wrt=1)), TypeError, "method: NNX modules"),
+        (lambda _: meshed(sigma=None, method=sharpness.sam, rho=1, global_ascent=True, weight=len), ValueError, "weight: with global_ascent"),
         (lambda _: nso_jax.value_and_grad(linear, sigma=SIGMA, param_specs={"w": 3}), TypeError, r"param_specs: expected partition specs, got 3"),
         (lambda _: nso_jax.value_and_grad(linear, sigma=SIGMA, axis_name="data", param_specs=P("data")), ValueError, "param_specs: .* splits params over axis_name='data'"),
     ],
@@ -479,3 +694,15 @@ def meshed(**options):
 def test_errors_name_argument_value_and_leaf(key, call, error, message):
     with pytest.raises(error, match=message):
         call(key)
+
+
+def test_a_forgotten_batch_argument_is_named(key):
+    def fun(params, x, y):
+        return jnp.mean((x @ params - y) ** 2)
+
+    x, y = jnp.ones((8, 3)), jnp.ones(8)
+    fn = parallel.microbatch(nso_jax.value_and_grad(fun, sigma=SIGMA), 4)
+    with pytest.raises(TypeError, match="incompatible shapes") as raised:
+        fn(key, jnp.ones(3), x, y)
+    notes = "".join(raised.value.__notes__)
+    assert "batch_argnums: args[2] has 8 entries, as many as the batch has examples" in notes
