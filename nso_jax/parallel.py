@@ -285,11 +285,29 @@ def _taken_apart(fixed: list[Any], kwargs: dict[str, Any], batch: Batch) -> tupl
 def _resharded(tree: PyTree, mesh: Any, axes: tuple[Any, ...], specs: PyTree) -> PyTree:
     """The arrays where `shard_map` expects them; with explicit axes it does not move them itself."""
     if jax.sharding.AxisType.Explicit not in mesh.axis_types:
-        return tree
+        return _spread(tree, mesh, specs)
     whole = set(axes) == set(mesh.axis_names)  # else params may be sharded over the other axes
 
     def place(x: Any, spec: jax.P) -> Any:
         return jax.reshard(x, jax.NamedSharding(mesh, spec)) if whole or noise.axes_of(spec) else x
+
+    return jax.tree.map(place, tree, specs)
+
+
+def _spread(tree: PyTree, mesh: Any, specs: PyTree) -> PyTree:
+    """The arrays, those that are on one device spread over the mesh.
+
+    There the results will be too, with which the next call would be compiled again if this one's were not.
+    """
+    if jax.process_count() > 1 or isinstance(mesh, jax.sharding.AbstractMesh):
+        return tree
+
+    def place(x: Any, spec: jax.P) -> Any:
+        if isinstance(x, jax.core.Tracer):
+            return x
+        if isinstance(x, jax.Array) and len(x.sharding.device_set) > 1:
+            return x
+        return jax.device_put(x, jax.NamedSharding(mesh, spec))
 
     return jax.tree.map(place, tree, specs)
 

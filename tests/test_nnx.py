@@ -1,3 +1,4 @@
+import functools
 import importlib
 import sys
 
@@ -10,7 +11,7 @@ import pytest
 from flax import nnx
 
 import nso_jax.nnx
-from nso_jax import _backend, noise
+from nso_jax import _backend, noise, parallel
 
 SIGMA = 0.1
 
@@ -246,6 +247,103 @@ def test_axis_name_averages_gradients_and_statistics_over_devices(key, model):
     chex.assert_trees_all_close(result, mean(local), rtol=1e-4, atol=1e-6)
 
 
+def with_own_masks(model, i):
+    """A device's copy: its number is folded into the keys of the module's random streams."""
+    copy = nnx.clone(model)
+    keys = nnx.state(copy, nnx.RngKey)
+    nnx.update(copy, jax.tree.map(lambda key: jax.random.fold_in(key, i), keys))
+    return copy
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+def test_on_a_mesh_devices_have_statistics_masks_and_noise_of_their_own(key, model, jitted):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    x, y = data(key)
+    before = arrays(nnx.state(nnx.clone(model), nnx.Param))
+    on_device = []
+    for i in range(4):
+        own_key, part = jax.random.fold_in(key, i), slice(2 * i, 2 * i + 2)
+        on_device += evaluations(own_key, with_own_masks(model, i), x[part], y[part])
+    expected = mean(on_device)
+    fn = nso_jax.nnx.value_and_grad(loss, sigma=SIGMA, mesh=mesh, batch_argnums=(1, 2))
+    value, grads = (nnx.jit(fn) if jitted else fn)(key, model, x, y)
+    result = value, arrays(grads), statistics(model)
+    chex.assert_trees_all_close(result, expected, rtol=1e-4, atol=1e-6)
+    assert counts(model)[0] == 1
+    chex.assert_trees_all_equal(arrays(nnx.state(model, nnx.Param)), before)
+    fn(key, model, x, y)
+    assert counts(model)[0] == 2
+
+
+def test_a_training_step_on_a_mesh_compiles_once(key, model):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    traced = []
+
+    def counted(model, x, y):
+        traced.append(x.shape)
+        return loss(model, x, y)
+
+    fn = nso_jax.nnx.value_and_grad(counted, sigma=SIGMA, mesh=mesh, batch_argnums=(1, 2))
+    x, y = data(key)
+    fn(key, model, x, y)
+    count = len(traced)
+    fn(jax.random.key(1), model, x, y)
+    assert len(traced) == count
+
+
+@pytest.mark.parametrize("form", ["mesh", "microbatch"])
+def test_padding_alone_moves_no_statistics(key, model, form):
+    """Of four parts, two on a mesh of two devices each, the second has no example that counts."""
+    model.dropout.deterministic = True
+    x, y = data(key)
+    mask = jnp.arange(8) % 4 != 1 if form == "microbatch" else jnp.arange(8) < 4
+
+    def masked(model, x, y, mask):
+        losses = optax.softmax_cross_entropy_with_integer_labels(model(x), y)
+        return jnp.sum(jnp.where(mask, losses, 0)) / jnp.sum(mask.astype(jnp.float32))
+
+    options = {"batch_argnums": (1, 2, 3), "weight": lambda model, x, y, mask: mask.sum()}
+    if form == "mesh":
+        mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
+        fn = nso_jax.nnx.value_and_grad(masked, sigma=0.0, mesh=mesh, **options)
+        parts = [slice(0, 4)]
+    else:
+        fn = nso_jax.nnx.microbatch(nso_jax.nnx.value_and_grad(masked, sigma=0.0), 4, **options)
+        parts = [slice(i, None, 4) for i in (0, 2, 3)]
+    expected = []
+    reference = nnx.clone(model)
+    for part in parts:
+        value, grads = nnx.value_and_grad(loss)(reference, x[part], y[part])
+        expected.append((value, arrays(grads)))
+    value, grads = fn(key, model, x, y, mask)
+    chex.assert_trees_all_close((value, arrays(grads)), mean(expected), rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(statistics(model), statistics(reference), rtol=1e-5, atol=1e-6)
+
+
+def test_metrics_on_a_mesh(key, model):
+    model.dropout.deterministic = True
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def metrics(model, x, y):
+        logits = model(x)
+        right = logits.argmax(axis=1) == y
+        return loss(model, x, y), {"right": right.sum(), "logits": logits}
+
+    model.eval()
+    x, y = data(key)
+    modes = {"right": "sum", "logits": "concatenate"}
+    options = {"sigma": 0.0, "has_aux": True, "aux": modes}
+    fn = nso_jax.nnx.value_and_grad(metrics, mesh=mesh, batch_argnums=(1, 2), **options)
+    (_, aux), _ = fn(key, model, x, y)
+    assert aux["right"] == 2 * (model(x).argmax(axis=1) == y).sum()
+    np.testing.assert_allclose(aux["logits"], model(x), rtol=1e-5, atol=1e-6)
+    one = nso_jax.nnx.value_and_grad(metrics, **options)
+    micro = nso_jax.nnx.microbatch(one, 4, batch_argnums=(1, 2), aux=modes)
+    (_, aux), _ = micro(key, model, x, y)
+    assert aux["right"] == 2 * (model(x).argmax(axis=1) == y).sum()
+    np.testing.assert_allclose(aux["logits"], model(x), rtol=1e-5, atol=1e-6)
+
+
 def in_parts(fn, key, model, x, y):
     """What `nso_jax.nnx.microbatch(fn, 4, ...)` should do, one part after another."""
     keys = jax.random.split(key, 4)
@@ -299,6 +397,10 @@ def test_microbatches_on_devices(key, model):
         (lambda k, m: nso_jax.nnx.microbatch(loss, 0), ValueError, "num_microbatches: .* got 0"),
         (lambda k, m: nso_jax.nnx.microbatch(loss, 3)(k, m, *data(k)), ValueError, r"args\[1\] has 8 examples, which 3 microbatches do not"),
         (lambda k, m: nso_jax.nnx.value_and_grad(loss, sigma=SIGMA, argnums=0), TypeError, "argnums: the model is"),
+        (lambda k, m: nso_jax.nnx.value_and_grad(loss, method=parallel.value_and_grad, sigma=SIGMA), TypeError, "method: .* give mesh to nso_jax.nnx.value_and_grad"),
+        (lambda k, m: nso_jax.nnx.value_and_grad(loss, method=functools.partial(parallel.value_and_grad, mesh=1), sigma=SIGMA), TypeError, "method: .* give mesh"),
+        (lambda k, m: nso_jax.nnx.value_and_grad(loss, sigma=SIGMA, num_microbatches=2), TypeError, "num_microbatches and weight: they need mesh; .* nso_jax.nnx.microbatch"),
+        (lambda k, m: nso_jax.nnx.value_and_grad(loss, sigma=SIGMA, mesh=3), TypeError, "mesh: expected a mesh"),
         (lambda k, m: nso_jax.nnx.value_and_grad(loss, sigma=SIGMA, num_samples=0), ValueError, "num_samples: .* got 0"),
         (lambda k, m: nso_jax.nnx.value_and_grad(loss, sigma=SIGMA, aux="last"), ValueError, "aux: .* got 'last'"),
         (lambda k, m: nso_jax.nnx.value_and_grad(loss, sigma=SIGMA, wrt=nnx.Cache)(k, m, *data(k)), ValueError, "wrt: .*Cache.* selects no variable of the ConvNet"),
