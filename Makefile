@@ -29,7 +29,7 @@ test-newest: .venv-newest/ready
 	.venv-newest/bin/python -m pytest -n 2 -m "not timing and not slow" --ignore tests/benchmarks
 
 nightly: $(READY)
-	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/test_properties.py
+	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/test_properties.py tests/test_meshes.py
 
 reliability: $(READY)
 	$(BIN)/python -m benchmarks reliability

@@ -16,7 +16,19 @@ from benchmarks import arguments, kills, numerics, round_trips, soak, supply
 from benchmarks.files import ROOT, UserError
 from benchmarks.trials import Advance, Trials
 
-PROPERTIES = ROOT / "tests" / "test_properties.py"
+# What Hypothesis tries: the row's name, the file of tests, and what they try.
+PROPERTIES = {
+    "random input": (
+        "test_properties.py",
+        "random trees, dtypes, shapes, prefixes and options, valid and not, against the exact identities",
+    ),
+    "random meshes": (
+        "test_meshes.py",
+        "1 to 8 devices, losses with and without collectives, masks, auxiliary output, dropout keys and "
+        "microbatches, in shard_map with and without check_vma, pmap, vmap and on meshes, for value_and_grad, "
+        "the rivals, NNX, Equinox and the optax adapter: value, gradient and metrics as on one device",
+    ),
+}
 
 HEADERS: tuple[str, ...] = ("fault or input", "times tried", "survived", "lost")
 
@@ -29,7 +41,7 @@ class Options(arguments.Output):
         times: How often to kill each kind of training, and to time an import.
         seeds: How often to try each kind of number that is not finite.
         steps: Steps of the long training.
-        profile: Of the property tests: `test` has 200 inputs, `nightly` 2,000.
+        profile: Of the property tests: `test` has 200 inputs and 100 meshes, `nightly` 2,000 of each.
     """
 
     times: arguments.Count = 20
@@ -90,9 +102,11 @@ def _lost(row: dict[str, Any]) -> int:
     return row["tried"] - row["survived"]
 
 
-def _properties(options: Options, advance: Advance) -> Trials:
-    """The row of the property tests, run as `make nightly` does."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(PROPERTIES)]
+def _properties(name: str, options: Options, advance: Advance) -> Trials:
+    """A row of property tests, run as `make nightly` does."""
+    file, note = PROPERTIES[name]
+    tests = str(ROOT / "tests" / file)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", tests]
     environment = os.environ | {"HYPOTHESIS_PROFILE": options.profile}
     done = subprocess.run(  # noqa: S603  # a command of ours
         [*command, "--hypothesis-show-statistics"],
@@ -107,8 +121,7 @@ def _properties(options: Options, advance: Advance) -> Trials:
         raise UserError(f"the property tests did not run: {(done.stdout + done.stderr).strip()[-500:]}")
     passing, failing = (sum(map(int, column)) for column in zip(*counts, strict=True))
     advance(passing + failing)
-    note = "random trees, dtypes, shapes, prefixes and options, valid and not, against the exact identities"
-    return Trials("random input", passing + failing, passing, note)
+    return Trials(name, passing + failing, passing, note)
 
 
 def _damage(options: Options, advance: Advance) -> Iterator[Trials]:
@@ -130,7 +143,8 @@ CHECKS: dict[str, Callable[[Options, Advance], Any]] = {
     "round trips": lambda _, advance: [round_trips.round_trips(advance)],
     "non-finite": lambda options, advance: [numerics.nonfinite(options.seeds, advance)],
     "determinism": lambda _, advance: [numerics.determinism(advance)],
-    "random input": lambda options, advance: [_properties(options, advance)],
+    "random input": lambda options, advance: [_properties("random input", options, advance)],
+    "random meshes": lambda options, advance: [_properties("random meshes", options, advance)],
     "wheel": _wheel,
     "paths": lambda _, advance: [supply.paths(advance)],
 }
