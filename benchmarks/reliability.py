@@ -24,9 +24,11 @@ PROPERTIES = {
     ),
     "random meshes": (
         "test_meshes.py",
-        "1 to 8 devices, losses with and without collectives, masks, auxiliary output, dropout keys and "
-        "microbatches, in shard_map with and without check_vma, pmap, vmap and on meshes, for value_and_grad, "
-        "the rivals, NNX, Equinox and the optax adapter: value, gradient and metrics as on one device",
+        (
+            "1 to 8 devices, losses with and without collectives, masks, metrics, dropout, microbatches, in "
+            "shard_map with and without check_vma, pmap, vmap and on meshes, for value_and_grad, the rivals, "
+            "NNX, Equinox and the optax adapter: value, gradient and metrics as on one device"
+        ),
     ),
 }
 

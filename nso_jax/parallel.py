@@ -16,6 +16,7 @@ from nso_jax._checks import (
     PyTree,
     as_key,
     broadcast_prefix,
+    check_flag,
     check_function,
     check_no_nnx,
     describe,
@@ -196,28 +197,34 @@ def value_and_grad(
     axes = _mesh_axes(mesh, axis_name)
     num_devices = math.prod(mesh.shape[axis] for axis in axes)
     argnums = batch_numbers(batch_argnums)
-    together = bool(options.get("global_ascent"))  # then the method itself averages over the devices
+    # Over an axis of one device XLA cannot average what the compiler splits over others, and need not.
+    averaged = tuple(axis for axis in axes if mesh.shape[axis] > 1)
+    together = bool(averaged and options.get("global_ascent"))  # then the method itself averages
     has_aux = bool(options.get("has_aux"))
     aux = aux if has_aux else "mean"
     options |= {} if aux == "mean" else {"aux": aux}
-    options |= {"axis_name": axes} if together else {}
+    if "global_ascent" in options:
+        options |= {"axis_name": averaged} if together else {"global_ascent": False}
     local = method(fun, **options)
     on_parts = microbatch_options(
         local,
         num_microbatches,
         weight=weight,
         aux=aux,
-        axis_name=None if together else axes,
-        independent_draws=independent_draws,
+        axis_name=None if together or not averaged else averaged,
+        independent_draws=False,  # the key is folded here, the same for one device and for many
     )
+    check_flag("independent_draws", independent_draws)
 
     def new_program(form: _Form) -> Callable[..., tuple[Any, PyTree]]:
         def on_device(key: jax.Array, arrays: dict[int, jax.Array]) -> PyTree:
             fixed, kwargs, batch = form.joined(arrays)
             if independent_draws:
-                fixed, kwargs = fold_keys((fixed, kwargs), jax.lax.axis_index(axes))
+                index = jax.lax.axis_index(axes)
+                fixed, kwargs = fold_keys((fixed, kwargs), index)
+                key = key if together else jax.random.fold_in(key, index)
             out = call_on_parts(local, key, fixed, batch, kwargs, **on_parts)
-            return _from_first(out, axes, on_parts["modes"])
+            return _from_first(out, averaged, on_parts["modes"]) if averaged else out
 
         specs = jax.tree.map(lambda mode: jax.P(axes) if mode == "concatenate" else jax.P(), aux)
         mapped = jax.shard_map(

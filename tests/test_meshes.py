@@ -3,6 +3,7 @@
 import functools
 from typing import Any, NamedTuple
 
+import chex
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -21,9 +22,9 @@ P = jax.P
 AXIS = "data"
 FEATURES = 3
 
-# 100 cases in all by default, 2,000 nightly. Each compiles two programs, so a failure is shown as it was found.
+# 105 cases in all by default, 2,100 nightly. Each compiles two programs, so a failure is shown as it was found.
 some = settings(
-    max_examples=20 if settings.default.max_examples < 100 else 400,
+    max_examples=15 if settings.default.max_examples < 100 else 300,
     phases=[Phase.explicit, Phase.generate],
 )
 
@@ -445,6 +446,71 @@ def test_rivals(case, name, together, on_mesh):
         "mean": of_devices["mean"].mean(),
     }
     assert_same(((value, aux), grads), (right, right_aux, gradient))
+
+
+SHARDED = {"v": P("model"), "w": P(None, "model")}
+
+
+def two_axes(case):
+    kinds = (jax.sharding.AxisType.Auto,) * 2
+    devices = jax.devices()[: 2 * case.devices]
+    return jax.make_mesh((case.devices, 2), (AXIS, "model"), axis_types=kinds, devices=devices)
+
+
+@pytest.mark.slow
+@some
+@given(
+    case=cases.filter(lambda case: case.devices <= 4),
+    rival=st.booleans(),
+    ends=st.sampled_from(["local", "pmean", "psum"]),
+)
+def test_params_split_over_a_model_axis(case, rival, ends):
+    """Of tensor parallelism, in a shard_map that knows it; shards have noise of their own, so there is none."""
+    case = case._replace(loss=local, sigma=0.0, checked=True, dropout=False, parts=1)
+
+    def partial(params, batch):
+        z = jax.lax.psum(jnp.tanh(batch.x @ params["w"]) @ params["v"], "model")
+        errors = (z - batch.y) ** 2
+        if ends == "psum":
+            return jax.lax.psum(jnp.sum(errors), AXIS) / jax.lax.psum(len(errors), AXIS)
+        return jax.lax.pmean(jnp.mean(errors), AXIS) if ends == "pmean" else jnp.mean(errors)
+
+    def whole(params, batch):
+        return jnp.mean((jnp.tanh(batch.x @ params["w"]) @ params["v"] - batch.y) ** 2)
+
+    if rival:
+        options = {"rho": 0.2, "axis_name": AXIS, "global_ascent": True}
+        fn = sharpness.sam(partial, **options)
+        value, gradient = jax.value_and_grad(whole)(case.params, case.batch)
+        norm = optax.tree.norm(gradient)
+        moved = jax.tree.map(lambda w, g: w + 0.2 * g / jnp.where(norm > 0, norm, 1), case.params, gradient)
+        gradient = jax.grad(whole)(moved, case.batch)
+    else:
+        fn = nso_jax.value_and_grad(partial, sigma=0.0, num_samples=case.draws, axis_name=AXIS)
+        value, gradient = jax.value_and_grad(whole)(case.params, case.batch)
+    specs = {"in_specs": (P(), SHARDED, P(AXIS)), "out_specs": (P(), SHARDED)}
+    mapped = jax.jit(jax.shard_map(fn, mesh=two_axes(case), **specs))
+    found = mapped(case.key, case.params, case.batch)
+    chex.assert_trees_all_close(found, (value, gradient), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@some
+@given(case=cases.filter(lambda case: case.devices <= 4))
+def test_params_sharded_by_the_compiler(case):
+    mesh = two_axes(case)
+    params = jax.tree.map(
+        lambda w, spec: jax.device_put(w, jax.NamedSharding(mesh, spec)), case.params, SHARDED
+    )
+    fn = parallel.value_and_grad(
+        with_aux(case.loss),
+        mesh=mesh,
+        aux=AUX,
+        num_microbatches=case.parts,
+        independent_draws=case.independent,
+        **case.options,
+    )
+    assert_same(jax.jit(fn)(case.key, params, case.batch, case.rng), expected(case, folded=True))
 
 
 class Net(eqx.Module):
