@@ -33,14 +33,15 @@ def localize(
     """
     axes = as_tuple(axis_name)
     check_mapped("axis_name", axes)
+    tracked = _tracked(axes)
 
     def own_if_inexact(x: Any) -> Any:
         dtype = dtype_of(x)
-        return _own(x, axes) if dtype is not None and jnp.issubdtype(dtype, jnp.inexact) else x
+        return _own(x, tracked) if dtype is not None and jnp.issubdtype(dtype, jnp.inexact) else x
 
     if axes and independent_draws:
         key = jax.random.fold_in(key, jax.lax.axis_index(axes))
-    key = jax.random.wrap_key_data(_own(jax.random.key_data(key), axes), impl=jax.random.key_impl(key))
+    key = jax.random.wrap_key_data(_own(jax.random.key_data(key), tracked), impl=jax.random.key_impl(key))
     return jax.tree.map(own_if_inexact, tree), key
 
 
@@ -67,7 +68,7 @@ def own_loss(value: Any) -> Any:
     JAX takes a value that all devices share for one loss, and divides its derivative among the copies. As
     many losses as there are copies, averaged in the end, have the derivative of the one.
     """
-    return _own(value, _COPIED.get())
+    return _own(value, _tracked(_COPIED.get()))
 
 
 def check_own_gradients(
@@ -151,10 +152,18 @@ def _sums_over(axes: set[Hashable], jaxpr: Jaxpr, depends: list[bool]) -> bool:
 
 
 def _own(x: Any, axes: Iterable[Hashable]) -> Any:
-    manual = jax.sharding.get_abstract_mesh().manual_axes  # along others, those of vmap, JAX tracks nothing
-    for axis in [axis for axis in axes if axis in manual]:
+    for axis in axes:
         x = x if _varies(x, axis) else jax.lax.pcast(x, axis, to="varying")
     return x
+
+
+def _tracked(axes: Iterable[Hashable]) -> list[Hashable]:
+    """Those axes along which JAX tracks what differs between devices: of `shard_map` with `check_vma`."""
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    zero = jnp.zeros(())
+    return [
+        axis for axis in axes if axis in manual and _varies(jax.lax.pcast(zero, axis, to="varying"), axis)
+    ]
 
 
 def other_axes(key: jax.Array, axis_name: AxisName | None) -> list[Hashable]:
