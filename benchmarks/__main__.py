@@ -82,6 +82,7 @@ TABLES = {
     "text-sst2": "text",
     "variance": "variance",
 }
+DRAWN = tuple(name for name in TABLES if name != "demo")  # `publish` copies the demo's pictures
 PAGES = (ROOT / "README.md", *sorted(path for path in ROOT.glob("docs/*/*.md") if path.parts[-2] != "_build"))
 
 
@@ -178,7 +179,7 @@ def _tables() -> None:
     write_files(_pages_with({}))
 
 
-def _pictures(names: tuple[str, ...] = tuple(name for name in TABLES if name != "demo")) -> None:
+def _pictures(names: tuple[str, ...] = DRAWN) -> None:
     """Draws the pictures of benchmarks/results anew from its figures.
 
     Args:
@@ -194,7 +195,7 @@ def _pictures(names: tuple[str, ...] = tuple(name for name in TABLES if name != 
         write_files({RESULTS / file: picture for file, picture in drawn.items()})
 
 
-FUNCTIONS = {"publish": _publish, "pictures": _pictures, "tables": _tables}
+FUNCTIONS: dict[str, Callable[..., None]] = {"publish": _publish, "pictures": _pictures, "tables": _tables}
 
 
 def _pages_with(fresh: dict[str, bytes]) -> dict[Path, bytes | str]:

@@ -41,6 +41,19 @@ Choice = Literal[
     "augmentation",
 ]
 
+HEADINGS: dict[str, str] = {
+    "sigma": "sigma",
+    "k": "draws k",
+    "relative-noise": "noise over weight",
+    "microbatches": "microbatches",
+    "one-sided-microbatches": "the same, one-sided",
+    "sampler": "sampler",
+    "sides": "sides",
+    "clean-weight": "clean_weight",
+    "schedule": "schedule of sigma",
+    "weight-decay": "weight decay",
+    "augmentation": "augmentation",
+}
 AMOUNTS: tuple[Choice, ...] = ("sigma", "relative-noise", "k", "microbatches", "one-sided-microbatches")
 
 
@@ -216,21 +229,23 @@ def plot_forms(results: dict[str, Any]) -> bytes:
 
 
 def _picture(results: dict[str, Any], choices: Sequence[str], title: str) -> bytes:
-    """A row for each variant of some choices, under the choice; means and their 95 % intervals."""
+    """A row for each variant of some choices, under the choice, with its 95 % interval; empty without any."""
     told = [variant for variant in results["variants"] if variant["choice"] in choices]
+    if not told:
+        return b""
     lines: list[str | dict[str, Any]] = []
     for choice, variants in itertools.groupby(told, key=lambda variant: variant["choice"]):
         lines += [choice, *variants]
     figure = Figure(figsize=(plots.WIDTH, 1.4 + 0.22 * len(lines)), layout="constrained")
     accuracy, trace = figure.subplots(1, 2, sharey=True)
     for axes, of, scale in ((accuracy, "test_accuracy", 100), (trace, "trace", 1)):
-        rows = [line if isinstance(line, str) else _dot(line, results, of, scale) for line in lines]
+        rows = [HEADINGS[line] if isinstance(line, str) else _dot(line, results, of, scale) for line in lines]
         plots.dots(axes, rows, log=of == "trace")
     for label, line in zip(accuracy.get_yticklabels(), lines, strict=True):
         label.set_fontweight("bold" if isinstance(line, str) else "normal")
     # What learns nothing may leave the picture.
     means = [100 * np.mean([run["test_accuracy"] for run in _runs(line, results)]) for line in told]
-    best = max(means, default=100)
+    best = max(means)
     accuracy.set_xlim(left=max(accuracy.get_xlim()[0], best - SHOWN))
     for line, mean in zip(told, means, strict=True):
         if mean < best - SHOWN:
@@ -240,7 +255,7 @@ def _picture(results: dict[str, Any], choices: Sequence[str], title: str) -> byt
     accuracy.set(title="Accuracy: right is better", xlabel="test accuracy (%)")
     trace.set(title="Trace: left is flatter", xlabel="Hessian trace (log scale)")
     figure.suptitle(
-        f"{title}: mean and 95 % interval, {results['settings']['seeds']} seeds", fontsize="large"
+        f"{title}\nmean and 95 % interval, {results['settings']['seeds']} seeds", fontsize="large"
     )
     return plots.finish(figure)
 
@@ -248,7 +263,8 @@ def _picture(results: dict[str, Any], choices: Sequence[str], title: str) -> byt
 def _dot(variant: dict[str, Any], results: dict[str, Any], of: str, scale: float) -> plots.Row:
     plain = variant["value"].startswith("sgd")
     values = [scale * run[of] for run in _runs(variant, results)]
-    return plots.Row(variant["value"], values, plots.colour("sgd" if plain else "nso"))
+    name, comma, rest = variant["value"].partition(", ")
+    return plots.Row(plots.title(name) + comma + rest, values, plots.colour("sgd" if plain else "nso"))
 
 
 def _told(variant: Variant, problem: Problem, journal: Journal) -> dict[str, Any]:

@@ -139,7 +139,7 @@ def plot(results: dict[str, Any]) -> bytes:
     axes.set(
         title=f"What a step on {results['settings']['devices']} devices sends",
         xlabel="draws k, of two gradients each (log scale)",
-        ylabel="bytes / those of a plain gradient (log scale)",
+        ylabel="bytes / a plain gradient's (log scale)",
         xticks=results["settings"]["samples"],
     )
     axes.margins(y=0.15)

@@ -491,10 +491,13 @@ def _plot_rise(axes: Axes, noise: dict[str, Any]) -> None:
         markersize=3,
         capsize=3,
         color=_BLUE,
-        label="measured ± standard error",
+        label="measured",
     )
     axes.axvline(suggested, color=_ORANGE, linestyle="--", label=rf"suggested $\sigma$ = {suggested:.2g}")
-    axes.set(title="Rise of the loss by weight noise", xlabel=r"$\sigma$ of a weight's noise (log scale)")
+    axes.set(
+        title="Rise of the loss by noise, ± std. error",
+        xlabel=r"$\sigma$ of a weight's noise (log scale)",
+    )
     axes.set(xscale="log", yscale="log", ylabel="rise (log scale)")
     plots.label_log_axis(axes.xaxis)
     axes.legend(frameon=False, fontsize="small")

@@ -217,11 +217,10 @@ def plot(results: dict[str, Any]) -> bytes:
             axis.set_major_locator(LogLocator(subs=(1, 2, 5) if axis is panel.yaxis else (1,)))
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axis.set_minor_formatter(NullFormatter())
-        right = panel.get_yaxis_transform()
-        panel.text(
-            0.99, 103 * TRACE_TARGET, "target", transform=right, ha="right", va="bottom", fontsize="small"
-        )
-    figure.suptitle("Error of the trace: down and left is better", fontsize="large")
+    figure.suptitle(
+        f"Error of the trace: down and left is better; line: the target, {100 * TRACE_TARGET:g} %",
+        fontsize="large",
+    )
     panels[0].set_ylabel("root mean square error (%, log scale)")
     _label(panels[0], networks)
     return plots.finish(figure, panels[0], columns=3)

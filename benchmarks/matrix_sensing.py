@@ -171,7 +171,7 @@ def caption(results: dict[str, Any]) -> str:
 
 def plot(results: dict[str, Any]) -> bytes:
     """The errors over the steps, a panel each, means with a band of a standard deviation, as PNG."""
-    titles = {"training": "On what was measured", "validation": "On other measurements"}
+    titles = {"training": "Fitted measurements", "validation": "Other measurements"}
     figure = Figure(figsize=(plots.WIDTH, 4), layout="constrained")
     panels = figure.subplots(1, len(titles))
     for panel, (key, title) in zip(panels, titles.items(), strict=True):
@@ -185,6 +185,8 @@ def plot(results: dict[str, Any]) -> bytes:
             low, high = np.exp(mean - deviation), np.exp(mean + deviation)
             panel.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
         panel.set(title=title, xlabel="steps (log scale)", xscale="log", yscale="log")
+    seeds = results["settings"]["seeds"]
+    figure.suptitle(f"Errors: mean ± standard deviation, {seeds} seeds", fontsize="large")
     panels[0].set_ylabel("relative square error (log scale)")
     return plots.finish(figure, panels[0], columns=2)
 

@@ -129,7 +129,7 @@ def plot(results: dict[str, Any]) -> bytes:
         plots.label_powers_of_two(panel)
         size = f"{case['param_bytes'] / MEBIBYTE:.1f} MiB of weights"
         panel.set(title=f"{case['title']}\n{size}", xlabel="draws k (log scale)")
-    panels[0].set(ylabel="extra memory / weights' (log scale)")
+    panels[0].set(ylabel="extra memory / weights (log scale)")
     return plots.finish(figure, panels[0], columns=2)
 
 

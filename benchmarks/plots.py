@@ -29,6 +29,9 @@ _STYLES = {
     "sgd": (BLACK, "-"),
     "adam": (BLACK, "--"),
     "sam": (ORANGE, "--"),
+    "usam": (ORANGE, ":"),
+    "rsam": (ORANGE, ":"),
+    "bsam": (ORANGE, ":"),
     "asam": (VERMILLION, "-."),
     "wp-sgd": (PURPLE, "-."),
     "nso": (BLUE, "-"),
@@ -47,7 +50,7 @@ _NAMES = {
 _ACRONYMS = {"sgd", "swa", "sam", "usam", "asam", "rsam", "bsam", "wp-sgd", "nso", "seht"}
 _ORDER = {"-": 2.0, "--": 2.1, "-.": 2.2, ":": 2.3}  # a line with gaps lets the one below be seen
 # Those that are followed over a training, where space is short.
-FOLLOWED = tuple(name for name in _STYLES if name != "wp-sgd")
+FOLLOWED = ("sgd", "adam", "sam", "asam", "nso", "nso-relative", "nso-micro", "wp-micro")
 
 
 def deviation(values: np.ndarray) -> np.ndarray:
@@ -146,7 +149,8 @@ def dots(
         labels.append(row if isinstance(row, str) else row.label)
         if isinstance(row, str):
             continue
-        values = np.array(row.values)
+        # An estimate from few products can be negative, where a logarithm has none.
+        values = np.maximum(row.values, 1e-3) if log else np.array(row.values)
         mean, width = values.mean(), spread(values)
         # Where a whisker reaches zero, which a logarithmic axis has not, it ends at the picture's edge.
         below = mean - max(mean - width, values.min() / 4) if log else width
@@ -159,8 +163,11 @@ def dots(
     axes.set_ylim(len(labels) - 0.5, -0.5)
     if log:
         axes.set_xscale("log")
-        axes.set_xlim(left=lowest / 1.2)
-        label_log_axis(axes.xaxis)
+        if math.isfinite(lowest):
+            axes.set_xlim(left=lowest / 1.2)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def finish(figure: Figure, labelled: Axes | None = None, *, columns: int = 4) -> bytes:
@@ -169,10 +176,12 @@ def finish(figure: Figure, labelled: Axes | None = None, *, columns: int = 4) ->
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
     if labelled:
-        handles, names = labelled.get_legend_handles_labels()
-        figure.legend(
-            handles, names, loc="outside lower center", ncols=min(columns, len(names)), frameon=False
-        )
+        # Matplotlib fills columns; these are to be read line by line.
+        told = list(zip(*labelled.get_legend_handles_labels(), strict=True))
+        columns = min(columns, len(told))
+        told = [each for column in range(columns) for each in told[column::columns]]
+        handles, names = zip(*told, strict=True)
+        figure.legend(handles, names, loc="outside lower center", ncols=columns, frameon=False)
     if layout := figure.get_layout_engine():
         layout.set(w_pad=0.1, h_pad=0.1)  # type: ignore[call-arg]  # inches: a margin on a dark page
     drawn, buffer = io.BytesIO(), io.BytesIO()

@@ -183,9 +183,9 @@ def plot(results: dict[str, Any]) -> bytes:
         for sigma, share in zip(SIGMAS, shares, strict=True):
             # Where both are near zero there is room for one number.
             if dtype == "bfloat16" or share > 1:
-                offset = (8, 4) if dtype == "bfloat16" else (8, -3)
-                axes.annotate(f"{share:.2g}", (sigma, share), offset, textcoords="offset points", color=color)
-    axes.set(title=f"Weights, of deviation {DEVIATION:g}, that noise leaves where they are")
+                axes.annotate(f"{share:.2g}", (sigma, share), (3, 7), textcoords="offset points", color=color)
+    axes.margins(x=0.1, y=0.12)
+    axes.set(title=f"Weights of deviation {DEVIATION:g} that noise leaves where they are")
     axes.set(xlabel=r"$\sigma$ of the noise (log scale)", ylabel="weights that do not move (%)", xscale="log")
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     return plots.finish(figure, axes)

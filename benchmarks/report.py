@@ -51,10 +51,9 @@ def measure(benchmark: Benchmark, name: str, options: Any) -> dict[str, str | by
 
 def pictures(module: Any, title: str, results: dict[str, Any]) -> dict[str, bytes]:
     """What a module draws of its results, by file: `plot` draws title.png, and `plot_x` title-x.png."""
-    functions = {
-        name: function for name, function in vars(module).items() if name.partition("_")[0] == "plot"
-    }
-    return {f"{title}{name[4:].replace('_', '-')}.png": draw(results) for name, draw in functions.items()}
+    names = [name for name in vars(module) if name.partition("_")[0] == "plot"]
+    drawn = {f"{title}{name[4:].replace('_', '-')}.png": getattr(module, name)(results) for name in names}
+    return {file: picture for file, picture in drawn.items() if picture}
 
 
 def environment() -> dict[str, Any]:

@@ -179,7 +179,11 @@ def plot(results: dict[str, Any]) -> bytes:
         panel.set(title=name, xlabel="accuracy without attack (%)")
     panels[0].set_ylabel(f"accuracy under PGD, radius {results['settings']['radius']:g} (%)")
     seeds = results["settings"]["seeds"]
-    figure.suptitle(f"Up and right is better: mean ± standard deviation, {seeds} seeds", fontsize="large")
+    figure.suptitle(
+        f"Up and right is better: mean ± standard deviation, {seeds} seeds\n"
+        "filled: the strength that the validation images chose",
+        fontsize="large",
+    )
     return plots.finish(figure, panels[0])
 
 

@@ -25,7 +25,7 @@ LIBRARIES = {
         "nso-k4": "NSO, k = 4",
         "nso-signs-k4": "NSO, signs, k = 4",
     },
-    "PyTorch": {"torch-plain": "plain, torch", "torch-sam": "SAM, torch", "torch-nso": "NSO, torch"},
+    "PyTorch": {"torch-plain": "PyTorch: plain", "torch-sam": "PyTorch: SAM", "torch-nso": "PyTorch: NSO"},
 }
 LABELS = {step: label for labels in LIBRARIES.values() for step, label in labels.items()}
 COLOURS = {"JAX and optax": plots.ORANGE, "nso_jax": plots.BLUE, "PyTorch": "#999999"}
@@ -151,7 +151,9 @@ def plot(results: dict[str, Any]) -> bytes:
         panel.set_visible(False)
     panels[0].set_yticks(range(len(shown)), [LABELS[step] for step in shown])
     panels[0].invert_yaxis()
-    figure.supxlabel("time / a plain step's in JAX: median and quartiles", fontsize="medium")
+    for panel in panels[-2:]:
+        panel.set_xlabel("time / plain step in JAX")
+    figure.suptitle("What a step costs: median and quartiles", fontsize="large")
     return plots.finish(figure, panels[0])
 
 

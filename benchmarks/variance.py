@@ -222,7 +222,7 @@ def plot(results: dict[str, Any]) -> bytes:
     figure = Figure(figsize=(plots.WIDTH, 4.2), layout="constrained")
     axes = figure.subplots()
     _plot_variance(axes, results["variance"])
-    return plots.finish(figure, axes)
+    return plots.finish(figure, axes, columns=2)
 
 
 def plot_accuracy(results: dict[str, Any]) -> bytes:
@@ -232,9 +232,12 @@ def plot_accuracy(results: dict[str, Any]) -> bytes:
     panels = figure.subplots(len(tasks), 1, sharex=True, squeeze=False)[:, 0]
     for panel, task in zip(panels, tasks, strict=True):
         _plot_accuracy(panel, [row for row in results["training"] if row["task"] == task])
-        panel.set(title=f"Labels: {task}", ylabel="test accuracy (%)")
+        panel.set(title=f"Labels: {task.removesuffix(' labels')}", ylabel="test accuracy (%)")
     panels[-1].set_xlabel("noise over weight")
-    figure.suptitle(f"Mean ± standard deviation, {results['settings']['seeds']} seeds", fontsize="large")
+    figure.suptitle(
+        f"Accuracy with larger noise: mean ± standard deviation, {results['settings']['seeds']} seeds",
+        fontsize="large",
+    )
     return plots.finish(figure, panels[0], columns=3)
 
 
@@ -438,7 +441,7 @@ def _plot_variance(axes: Axes, rows: list[dict[str, Any]]) -> None:
             axes.errorbar(parts, values, errors, color=colour, linestyle=style, linewidth=2, label=label)
     axes.plot(parts, 1 / parts, color=plots.BLACK, linewidth=1, linestyle="--", label="1 / parts")
     plots.label_powers_of_two(axes)
-    axes.set_title("Noise's variance in the gradient falls with the parts")
+    axes.set_title("Variance by noise in the gradient, ± standard error")
     axes.set_xlabel("microbatches (solid) or devices (dotted), log scale")
     axes.set_ylabel("variance / that of one part (log scale)")
 
@@ -460,12 +463,12 @@ def _plot_accuracy(axes: Axes, rows: list[dict[str, Any]]) -> None:
         x = np.array([row["strength"] for row in mine]) + 0.008 * (i - (len(counts) - 1) / 2)
         lines[count] = x, accuracies.mean(axis=0)
         label = f"NSO, {count} part{'s' * (count > 1)}"
-        style = {"color": COUNT_COLOURS[i % 3], "marker": "os^"[i % 3], "markersize": 5, "capsize": 2.5}
-        axes.errorbar(*lines[count], plots.deviation(accuracies), linewidth=1.5, label=label, **style)
+        look: dict[str, Any] = {"color": COUNT_COLOURS[i % 3], "marker": "os^"[i % 3]}
+        axes.errorbar(*lines[count], plots.deviation(accuracies), label=label, capsize=2.5, **look)
     bottom, top = axes.get_ylim()
     edge = max(bottom, top - SHOWN)
     axes.set_ylim(edge, top)  # what hardly learns may leave the picture
     for i, (x, means) in enumerate(lines.values()):
         for place, mean in zip(x[means < edge], means[means < edge], strict=True):
-            text, style = f"↓ {mean:.0f} %", {"color": COUNT_COLOURS[i % 3], "ha": "right"}
-            axes.annotate(text, (place, edge), (0, 4), textcoords="offset points", **style)
+            text, look = f"↓ {mean:.0f} %", {"color": COUNT_COLOURS[i % 3], "ha": "right"}
+            axes.annotate(text, (place, edge), (0, 4), textcoords="offset points", **look)
