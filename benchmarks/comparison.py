@@ -421,7 +421,7 @@ def plot(results: dict[str, Any]) -> bytes:
         x = [point["evaluations"] for point in runs[0]["curve"]]
         curves = [[point["trace"] for point in run["curve"]] for run in runs]
         plots.band(way, name, x, curves, log=True, spread=plots.interval)
-    way.set(title="The trace on the way there (band: 95 %)", xlabel="gradient evaluations")
+    way.set(title="The trace on the way there: geometric mean, 95 % band", xlabel="gradient evaluations")
     way.set(ylabel="Hessian trace (log scale)", yscale="log")
     plots.label_log_axis(way.yaxis)
     return plots.finish(figure, way)

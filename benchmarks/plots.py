@@ -165,7 +165,10 @@ def dots(
         axes.set_xscale("log")
         if math.isfinite(lowest):
             axes.set_xlim(left=lowest / 1.2)
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        left, right = axes.get_xlim()
+        # As many labels as half of a picture has room for.
+        subs = (1, 3) if right / left > 30 else (1, 2, 5) if right / left > 4 else (1, 1.5, 2, 3, 4, 5, 7)
+        axes.xaxis.set_major_locator(LogLocator(subs=subs))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
 
