@@ -178,9 +178,8 @@ def finish(figure: Figure, labelled: Axes | None = None, *, columns: int = 4) ->
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
-    if labelled:
-        # Matplotlib fills columns; these are to be read line by line.
-        told = list(zip(*labelled.get_legend_handles_labels(), strict=True))
+    # Matplotlib fills columns; these are to be read line by line.
+    if told := list(zip(*labelled.get_legend_handles_labels(), strict=True)) if labelled else []:
         columns = min(columns, len(told))
         told = [each for column in range(columns) for each in told[column::columns]]
         handles, names = zip(*told, strict=True)
