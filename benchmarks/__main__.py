@@ -48,7 +48,7 @@ COMMANDS = {
     "precision": Command("what 16-bit numbers do to small noise and to training"),
     "reliability": Command("faults and odd inputs, and what is lost by them", devices=8),
     "publish": Command("copies a demo's output to benchmarks/results and the pages"),
-    "pictures": Command("draws the pictures of benchmarks/results anew from its figures"),
+    "pictures": Command("draws benchmarks/results's pictures anew from its figures"),
     "tables": Command("writes the tables of benchmarks/results to README.md and docs"),
 }
 PUBLISHED = {
