@@ -48,6 +48,7 @@ COMMANDS = {
     "precision": Command("what 16-bit numbers do to small noise and to training"),
     "reliability": Command("faults and odd inputs, and what is lost by them", devices=8),
     "publish": Command("copies a demo's output to benchmarks/results and the pages"),
+    "pictures": Command("draws benchmarks/results's pictures anew from its figures"),
     "tables": Command("writes the tables of benchmarks/results to README.md and docs"),
 }
 PUBLISHED = {
@@ -81,6 +82,7 @@ TABLES = {
     "text-sst2": "text",
     "variance": "variance",
 }
+DRAWN = tuple(name for name in TABLES if name != "demo")  # `publish` copies the demo's pictures
 PAGES = (ROOT / "README.md", *sorted(path for path in ROOT.glob("docs/*/*.md") if path.parts[-2] != "_build"))
 
 
@@ -177,7 +179,23 @@ def _tables() -> None:
     write_files(_pages_with({}))
 
 
-FUNCTIONS = {"publish": _publish, "tables": _tables}
+def _pictures(names: tuple[str, ...] = DRAWN) -> None:
+    """Draws the pictures of benchmarks/results anew from its figures.
+
+    Args:
+        names: Of the figures; all but the demo's by default, whose pictures `publish` copies.
+    """
+    from benchmarks import report  # noqa: PLC0415
+
+    for name in names:
+        if name not in TABLES:
+            raise UserError(f"argument --names {name}: expected some of {', '.join(TABLES)}")
+        module = importlib.import_module(f"benchmarks.{TABLES[name]}")
+        drawn = report.pictures(module, name, json.loads(read_file(RESULTS / f"{name}.json")))
+        write_files({RESULTS / file: picture for file, picture in drawn.items()})
+
+
+FUNCTIONS: dict[str, Callable[..., None]] = {"publish": _publish, "pictures": _pictures, "tables": _tables}
 
 
 def _pages_with(fresh: dict[str, bytes]) -> dict[Path, bytes | str]:

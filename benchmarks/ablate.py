@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -12,7 +13,6 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.flatten_util import ravel_pytree
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.progress import Progress
 
@@ -25,7 +25,7 @@ from nso_jax import noise
 SIGMA, SCALE = 0.02, 0.2  # of one noise for all weights, and of noise relative to the weights
 STRONG_DECAY = 2e-2
 DRAWS = 48  # of the gradient, for its variance
-MEAN, SEED = "#0072B2", "#D55E00"
+SHOWN = 12  # points of accuracy below the best that a picture has room for
 
 Choice = Literal[
     "sigma",
@@ -40,6 +40,21 @@ Choice = Literal[
     "weight-decay",
     "augmentation",
 ]
+
+HEADINGS: dict[str, str] = {
+    "sigma": "sigma",
+    "k": "draws k",
+    "relative-noise": "noise over weight",
+    "microbatches": "microbatches",
+    "one-sided-microbatches": "the same, one-sided",
+    "sampler": "sampler",
+    "sides": "sides",
+    "clean-weight": "clean_weight",
+    "schedule": "schedule of sigma",
+    "weight-decay": "weight decay",
+    "augmentation": "augmentation",
+}
+AMOUNTS: tuple[Choice, ...] = ("sigma", "relative-noise", "k", "microbatches", "one-sided-microbatches")
 
 
 class Variant(NamedTuple):
@@ -203,36 +218,53 @@ def caption(results: dict[str, Any]) -> str:
 
 
 def plot(results: dict[str, Any]) -> bytes:
-    """Accuracy and trace of each variant, a column for each choice: means, their intervals, seeds; as PNG."""
-    choices: dict[str, list[dict[str, Any]]] = {}
-    for variant in results["variants"]:
-        choices.setdefault(variant["choice"], []).append(variant)
-    best = 100 * max(run["test_accuracy"] for run in results["runs"])
-    traces = [run["trace"] for run in results["runs"]]
-    lines = _lines(choices)
-    figure = Figure(figsize=(12, 4.8 * len(lines)), layout="constrained")
-    for block, line in zip(figure.subfigures(len(lines), squeeze=False)[:, 0], lines, strict=True):
-        widths = [len(choices[choice]) for choice in line]
-        panels = block.subplots(2, len(line), sharey="row", squeeze=False, width_ratios=widths)
-        for column, choice in zip(panels.T, line, strict=True):
-            column[0].set_title(choice.replace("-", "\n"), fontsize="medium")
-            for axes, of, scale in zip(column, ("test_accuracy", "trace"), (100, 1), strict=True):
-                figures = [[scale * run[of] for run in _runs(v, results)] for v in choices[choice]]
-                _plot_values(axes, [v["value"] for v in choices[choice]], figures)
-            column[0].set_xticklabels([])
-        # What learns nothing may leave the picture.
-        panels[0, 0].set(ylabel="test accuracy (%)", ylim=(best - 8, best + 0.5))
-        panels[1, 0].set(ylabel="Hessian trace", yscale="log", ylim=(min(traces) / 1.2, max(traces) * 1.2))
-        plots.label_log_axis(panels[1, 0].yaxis)
+    """Accuracy and trace for each amount of noise: how large, in how many draws and parts; as PNG."""
+    return _picture(results, AMOUNTS, "How much noise, and in how many draws")
+
+
+def plot_forms(results: dict[str, Any]) -> bytes:
+    """Accuracy and trace for each form of noise, and what goes with it, as PNG."""
+    forms = [choice for choice in get_args(Choice) if choice not in AMOUNTS]
+    return _picture(results, forms, "Which form of noise, and with what")
+
+
+def _picture(results: dict[str, Any], choices: Sequence[str], title: str) -> bytes:
+    """A row for each variant of some choices, under the choice, with its 95 % interval; empty without any."""
+    told = [variant for variant in results["variants"] if variant["choice"] in choices]
+    if not told:
+        return b""
+    lines: list[str | dict[str, Any]] = []
+    for choice, variants in itertools.groupby(told, key=lambda variant: variant["choice"]):
+        lines += [choice, *variants]
+    figure = Figure(figsize=(plots.WIDTH, 1.4 + 0.22 * len(lines)), layout="constrained")
+    accuracy, trace = figure.subplots(1, 2, sharey=True)
+    for axes, of, scale in ((accuracy, "test_accuracy", 100), (trace, "trace", 1)):
+        rows = [HEADINGS[line] if isinstance(line, str) else _dot(line, results, of, scale) for line in lines]
+        plots.dots(axes, rows, log=of == "trace")
+    for label, line in zip(accuracy.get_yticklabels(), lines, strict=True):
+        label.set_fontweight("bold" if isinstance(line, str) else "normal")
+    # What learns nothing may leave the picture.
+    means = [100 * np.mean([run["test_accuracy"] for run in _runs(line, results)]) for line in told]
+    best = max(means)
+    accuracy.set_xlim(left=max(accuracy.get_xlim()[0], best - SHOWN))
+    for line, mean in zip(told, means, strict=True):
+        if mean < best - SHOWN:
+            accuracy.annotate(
+                f"← {mean:.0f} %", (best - SHOWN, lines.index(line)), va="center", fontsize="small"
+            )
+    accuracy.set(title="Accuracy: right is better", xlabel="test accuracy (%)")
+    trace.set(title="Trace: left is flatter", xlabel="Hessian trace (log scale)")
+    figure.suptitle(
+        f"{title}\nmean and 95 % interval, {results['settings']['seeds']} seeds", fontsize="large"
+    )
     return plots.finish(figure)
 
 
-def _lines(choices: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
-    """The choices, in lines that are about as long as one another."""
-    ends = itertools.accumulate(map(len, choices.values()))
-    half = sum(map(len, choices.values())) / 2
-    first = [choice for choice, end in zip(choices, ends, strict=True) if end <= half]
-    return [line for line in (first, list(choices)[len(first) :]) if line]
+def _dot(variant: dict[str, Any], results: dict[str, Any], of: str, scale: float) -> plots.Row:
+    plain = variant["value"].startswith("sgd")
+    values = [scale * run[of] for run in _runs(variant, results)]
+    name, comma, rest = variant["value"].partition(", ")
+    return plots.Row(plots.title(name) + comma + rest, values, plots.colour("sgd" if plain else "nso"))
 
 
 def _told(variant: Variant, problem: Problem, journal: Journal) -> dict[str, Any]:
@@ -283,15 +315,3 @@ def _runs(variant: dict[str, Any], results: dict[str, Any]) -> list[dict[str, An
         for run in results["runs"]
         if (run["choice"], run["value"]) == (variant["choice"], variant["value"])
     ]
-
-
-def _plot_values(axes: Axes, values: list[str], figures: list[list[float]]) -> None:
-    places, array = np.arange(len(figures)), np.array(figures).T
-    for of_seed in array:
-        axes.plot(places, of_seed, ".", color=SEED, markersize=4, alpha=0.5)
-    # Numbers have an order, and the way from one to the next means something.
-    line = "-" if all(value.replace(".", "").isdigit() for value in values) else "none"
-    means, widths = array.mean(axis=0), plots.interval(array)
-    axes.errorbar(places, means, widths, color=MEAN, marker="o", markersize=4, linestyle=line, capsize=2)
-    axes.set_xticks(places, values, rotation=90, fontsize="small")
-    axes.margins(x=0.5 / len(values))

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from flax import nnx
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator, StrMethodFormatter
 from rich.progress import Progress
 
 import nso_jax
@@ -132,18 +131,15 @@ def caption(results: dict[str, Any]) -> str:
 
 def plot(results: dict[str, Any]) -> bytes:
     """Bytes per step against k, as PNG."""
-    figure = Figure(figsize=(6, 3.8), layout="constrained")
+    figure = Figure(figsize=(plots.WIDTH, 3.8), layout="constrained")
     axes = figure.subplots()
-    for name, colour, marker in ((JIT, "#D55E00", "o"), (PARALLEL, "#0072B2", "s")):
+    for name, colour, marker in ((JIT, plots.VERMILLION, "o"), (PARALLEL, plots.BLUE, "s")):
         _line(axes, [row for row in results["data_parallel"] if row["step"] == name], colour, marker)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log", base=2)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axis.set_minor_locator(NullLocator())
+    plots.label_powers_of_two(axes)
     axes.set(
-        title=f"Bytes sent per step on {results['settings']['devices']} devices, over the plain gradient's",
-        xlabel="draws k, of two gradients each",
+        title=f"What a step on {results['settings']['devices']} devices sends",
+        xlabel="draws k, of two gradients each (log scale)",
+        ylabel="bytes / a plain gradient's (log scale)",
         xticks=results["settings"]["samples"],
     )
     axes.margins(y=0.15)

@@ -12,7 +12,6 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import numpy as np
 from flax import nnx
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.progress import Progress
 
@@ -398,27 +397,34 @@ def claims(results: dict[str, Any]) -> str:
 
 
 def plot(results: dict[str, Any]) -> bytes:
-    """Accuracy and trace over training, with 95 % bands, and where each method ends, as PNG."""
+    """Accuracy and trace at the end, with 95 % intervals, and the trace on the way if followed, as PNG."""
+    names, seeds = list(results["chosen"]), results["settings"]["seeds"]
     followed = len(results["runs"][0]["curve"]) > 1
-    figure = Figure(figsize=(11.5, 4) if followed else (6, 4), layout="constrained")
-    *panels, end = figure.subplots(1, 3 if followed else 1, squeeze=False)[0]
-    for axes, of, scale in zip(panels, ("test_accuracy", "trace"), (100, 1), strict=False):
-        for name in filter(plots.FOLLOWED.__contains__, results["chosen"]):
-            runs = _runs(results, name)
-            x = [point["evaluations"] for point in runs[0]["curve"]]
-            curves = [[scale * point[of] for point in run["curve"]] for run in runs]
-            plots.band(axes, name, x, curves, log=of == "trace", spread=plots.interval)
-        axes.set(xlabel="gradient evaluations")
-    _plot_ends(end, results)
-    end.set(title="At the end", xlabel="Hessian trace", ylabel="test accuracy (%)", xscale="log")
-    plots.label_log_axis(end.xaxis)
+    height = 1.3 + 0.26 * len(names)
+    figure = Figure(figsize=(plots.WIDTH, height + 3.6 * followed), layout="constrained")
+    grid = figure.add_gridspec(1 + followed, 2, height_ratios=[height, 3.2][: 1 + followed])
+    accuracy = figure.add_subplot(grid[0, 0])
+    trace = figure.add_subplot(grid[0, 1], sharey=accuracy)
+    for axes, of, scale in ((accuracy, "test_accuracy", 100), (trace, "trace", 1)):
+        columns = {name: [scale * x for x in _column(results, name, of)] for name in names}
+        rows = [plots.Row(plots.title(name), columns[name], plots.colour(name)) for name in names]
+        plots.dots(axes, rows, log=of == "trace")
+    trace.tick_params(labelleft=False)
+    accuracy.set(title="Accuracy: right is better", xlabel="test accuracy (%)")
+    trace.set(title="Trace: left is flatter", xlabel="Hessian trace (log scale)")
+    figure.suptitle(f"At the end: mean and 95 % interval, {seeds} seeds", fontsize="large")
     if not followed:
         return plots.finish(figure)
-    accuracy, trace = panels
-    accuracy.set(title="Test accuracy (%)")
-    trace.set(title="Trace of the Hessian of the training loss", yscale="log")
-    plots.label_log_axis(trace.yaxis)
-    return plots.finish(figure, accuracy)
+    way = figure.add_subplot(grid[1, :])
+    for name in filter(plots.FOLLOWED.__contains__, names):
+        runs = _runs(results, name)
+        x = [point["evaluations"] for point in runs[0]["curve"]]
+        curves = [[point["trace"] for point in run["curve"]] for run in runs]
+        plots.band(way, name, x, curves, log=True, spread=plots.interval)
+    way.set(title="The trace on the way there: geometric mean, 95 % band", xlabel="gradient evaluations")
+    way.set(ylabel="Hessian trace (log scale)", yscale="log")
+    plots.label_log_axis(way.yaxis)
+    return plots.finish(figure, way)
 
 
 def _row(name: str, results: dict[str, Any]) -> list[str]:
@@ -463,30 +469,6 @@ def _ahead(results: dict[str, Any], name: str, rival: str) -> str:
 
 def _with_interval(values: np.ndarray) -> str:
     return table.with_error(float(values.mean()), float(plots.interval(values)) if len(values) > 1 else None)
-
-
-def _plot_ends(axes: Axes, results: dict[str, Any]) -> None:
-    """Where each method ends, with the trace's interval; names stand to the right, in order of accuracy."""
-    accuracies = {
-        name: 100 * statistics.mean(_column(results, name, "test_accuracy")) for name in results["chosen"]
-    }
-    names = sorted(accuracies, key=accuracies.__getitem__)
-    for name, height in zip(names, np.linspace(0.02, 0.98, len(names)), strict=True):
-        traces = _column(results, name, "trace")
-        x, factor = statistics.geometric_mean(traces), math.exp(plots.interval(np.log(traces)))
-        colour, sides = plots.colour(name), [[x - x / factor], [x * factor - x]]
-        axes.errorbar(x, accuracies[name], xerr=sides, color=colour, marker="o", markersize=4, elinewidth=1)
-        axes.annotate(
-            name,
-            (x, accuracies[name]),
-            (1.06, height),
-            textcoords="axes fraction",
-            annotation_clip=False,
-            fontsize="small",
-            color=colour,
-            va="center",
-            arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": colour},
-        )
 
 
 def _column(results: dict[str, Any], name: str, figure: str) -> list[float]:

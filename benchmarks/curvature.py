@@ -29,7 +29,7 @@ GRID_POINTS = 21  # along each of two directions
 OUTLIER = 0.01  # an eigenvalue above this share of the largest one counts as large
 
 HEADERS: tuple[str, ...] = ("what", "value", "± error", "cost")
-_BLUE, _ORANGE = "#0072B2", "#E69F00"
+_BLUE, _ORANGE = plots.BLUE, plots.ORANGE
 
 
 class Problem(NamedTuple):
@@ -141,7 +141,7 @@ def caption(results: dict[str, Any]) -> str:
 
 def plot(results: dict[str, Any]) -> bytes:
     """The spectrum, the loss along two eigenvectors, what noise adds to it, and the layers' traces."""
-    figure = Figure(figsize=(8, 6), layout="constrained")
+    figure = Figure(figsize=(7.2, 7), layout="constrained")
     (spectrum, surface), (rise, layers) = figure.subplots(2, 2)
     _plot_spectrum(spectrum, results)
     _plot_surface(surface, results["surface"])
@@ -456,7 +456,7 @@ def _plot_spectrum(axes: Axes, results: dict[str, Any]) -> None:
         transform=axes.get_xaxis_transform(),
         label="largest eigenvalues",
     )
-    axes.set(title="Spectrum of the Hessian", xlabel="eigenvalue", ylabel="eigenvalues per unit")
+    axes.set(title="Spectrum of the Hessian", xlabel="eigenvalue", ylabel="eigenvalues per unit (log scale)")
     axes.set(yscale="log", ylim=(single / 30, 10 * peaks.max()))
     axes.legend(frameon=False, fontsize="small")
 
@@ -471,9 +471,13 @@ def _plot_surface(axes: Axes, surface: dict[str, Any]) -> None:
     lowest = np.unravel_index(losses.argmin(), losses.shape)
     axes.plot(*distances[list(lowest)], "o", color=_ORANGE, markersize=10, label="minimum")
     axes.plot(0, 0, "+", color="black", markersize=10, markeredgewidth=2, label="the network")
-    axes.set(title="Training loss", xlabel="along the top eigenvector", ylabel="along the second one")
+    axes.set(
+        title="Training loss around the network",
+        xlabel="along the top eigenvector",
+        ylabel="along the second one",
+    )
     axes.set_aspect("equal")
-    axes.legend(loc="upper left", fontsize="small", framealpha=1)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, fontsize="small", frameon=False)
 
 
 def _plot_rise(axes: Axes, noise: dict[str, Any]) -> None:
@@ -487,11 +491,14 @@ def _plot_rise(axes: Axes, noise: dict[str, Any]) -> None:
         markersize=3,
         capsize=3,
         color=_BLUE,
-        label="measured ± standard error",
+        label="measured",
     )
     axes.axvline(suggested, color=_ORANGE, linestyle="--", label=rf"suggested $\sigma$ = {suggested:.2g}")
-    axes.set(title="Rise of the loss by weight noise", xlabel=r"$\sigma$ of a weight's noise")
-    axes.set(xscale="log", yscale="log")
+    axes.set(
+        title="Rise of the loss by noise, ± std. error",
+        xlabel=r"$\sigma$ of a weight's noise (log scale)",
+    )
+    axes.set(xscale="log", yscale="log", ylabel="rise (log scale)")
     plots.label_log_axis(axes.xaxis)
     axes.legend(frameon=False, fontsize="small")
 

@@ -132,7 +132,7 @@ HEADERS: tuple[str, ...] = (
     "times ours",
     "first call (s)",
 )
-COLOURS = {OURS: "#0072B2", CURVLINOPS: "#E69F00", PYHESSIAN: "#CC79A7"}
+COLOURS = {OURS: plots.BLUE, CURVLINOPS: plots.ORANGE, PYHESSIAN: plots.PURPLE}
 MARKERS = {"xtrace": "o", "hutch++": "s"}
 
 
@@ -206,20 +206,24 @@ def caption(results: dict[str, Any]) -> str:
 def plot(results: dict[str, Any]) -> bytes:
     """The trace's true error against seconds, a panel for each network."""
     networks = list(results["networks"].values())
-    figure = Figure(figsize=(max(8.5, 4.5 * len(networks)), 4.2), layout="constrained")
+    figure = Figure(figsize=(max(plots.WIDTH, 3.2 * len(networks)), 4.6), layout="constrained")
     panels = figure.subplots(1, max(1, len(networks)), sharey=True, squeeze=False)[0]
     for panel, network in zip(panels, networks, strict=False):
         for record in network["trace"]:
             _draw(panel, record)
-        panel.axhline(100 * TRACE_TARGET, color="#000000", linewidth=0.8)
-        panel.set(title=f"Trace, {network['title']}", xlabel="seconds", xscale="log", yscale="log")
+        panel.axhline(100 * TRACE_TARGET, color=plots.BLACK, linewidth=0.8)
+        panel.set(title=network["title"], xlabel="seconds (log scale)", xscale="log", yscale="log")
         for axis in (panel.xaxis, panel.yaxis):
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5) if axis is panel.yaxis else (1,)))
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axis.set_minor_formatter(NullFormatter())
-    panels[0].set_ylabel("root mean square error (%)")
+    figure.suptitle(
+        f"Error of the trace: down and left is better; line: the target, {100 * TRACE_TARGET:g} %",
+        fontsize="large",
+    )
+    panels[0].set_ylabel("root mean square error (%, log scale)")
     _label(panels[0], networks)
-    return plots.finish(figure, panels[0])
+    return plots.finish(figure, panels[0], columns=3)
 
 
 def smallest_number(curve: Sequence[Mapping[str, Any]]) -> int | None:

@@ -171,20 +171,24 @@ def caption(results: dict[str, Any]) -> str:
 
 def plot(results: dict[str, Any]) -> bytes:
     """The errors over the steps, a panel each, means with a band of a standard deviation, as PNG."""
-    figure = Figure(figsize=(11, 3.8), layout="constrained")
-    panels = figure.subplots(1, len(FIGURES))
-    for panel, (key, title) in zip(panels, FIGURES.items(), strict=True):
+    titles = {"training": "Fitted measurements", "validation": "Other measurements"}
+    figure = Figure(figsize=(plots.WIDTH, 4), layout="constrained")
+    panels = figure.subplots(1, len(titles))
+    for panel, (key, title) in zip(panels, titles.items(), strict=True):
         for name in results["settings"]["methods"]:
-            curves = [run["curve"] for run in results["runs"] if run["method"] == name]
+            curves = [run["curve"][1:] for run in results["runs"] if run["method"] == name]
             logs = np.log([[point[key] for point in curve] for curve in curves])
-            mean, deviation = logs.mean(axis=0), logs.std(axis=0, ddof=min(1, len(curves) - 1))
+            mean, deviation = logs.mean(axis=0), plots.deviation(logs)
             steps = [point["step"] for point in curves[0]]
             colour, dashes = METHODS[name].style
-            panel.plot(steps, np.exp(mean), dashes, color=colour, label=name)
+            panel.plot(steps, np.exp(mean), dashes, color=colour, linewidth=2, label=LABELS[name])
             low, high = np.exp(mean - deviation), np.exp(mean + deviation)
             panel.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
-        panel.set(title=title.capitalize(), xlabel="steps", yscale="log")
-    return plots.finish(figure, panels[0])
+        panel.set(title=title, xlabel="steps (log scale)", xscale="log", yscale="log")
+    seeds = results["settings"]["seeds"]
+    figure.suptitle(f"Errors: mean ± standard deviation, {seeds} seeds", fontsize="large")
+    panels[0].set_ylabel("relative square error (log scale)")
+    return plots.finish(figure, panels[0], columns=2)
 
 
 def _entries(factor: jax.Array) -> jax.Array:
@@ -268,8 +272,14 @@ def _two_sided(key: jax.Array, factor: jax.Array, problem: Problem) -> jax.Array
 
 
 METHODS = {
-    "gd": Method(0.0025, 5000, _plain, ("#000000", "-")),
-    "one-sided": Method(0.0025, 5000, _one_sided, ("#CC79A7", "-.")),
-    "two-sided": Method(0.0025, 5000, _two_sided, ("#0072B2", "-")),
-    "two-sided, slow": Method(0.001, 20_000, _two_sided, ("#56B4E9", "--")),
+    "gd": Method(0.0025, 5000, _plain, (plots.BLACK, "-")),
+    "one-sided": Method(0.0025, 5000, _one_sided, (plots.PURPLE, "-.")),
+    "two-sided": Method(0.0025, 5000, _two_sided, (plots.BLUE, "-")),
+    "two-sided, slow": Method(0.001, 20_000, _two_sided, (plots.SKY, "--")),
+}
+LABELS = {
+    "gd": "gradient descent",
+    "one-sided": "one-sided noise",
+    "two-sided": "two-sided noise",
+    "two-sided, slow": "two-sided, smaller rate",
 }

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from flax import nnx
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator, StrMethodFormatter
 from rich.progress import Progress
 
 import nso_jax
@@ -25,7 +24,7 @@ SIGMA = 0.01
 SAMPLES = (1, 2, 4, 8, 16)
 MOST_AT_ONCE = 8  # draws in a chunk
 SAMPLERS = {"normal": noise.normal, "rademacher": noise.rademacher}
-COLOURS = {"normal": "#0072B2", "rademacher": "#E69F00"}
+COLOURS = {"normal": plots.BLUE, "rademacher": plots.PURPLE}
 MEBIBYTE = 2**20
 
 HEADERS: tuple[str, ...] = ("model", "noise", "draws", *(f"k={k}" for k in SAMPLES))
@@ -119,7 +118,7 @@ def caption(results: dict[str, Any]) -> str:
 def plot(results: dict[str, Any]) -> bytes:
     """The extra memory against k, a panel for each network."""
     cases = list(results["cases"].values())
-    figure = Figure(figsize=(4.5 * len(cases), 3.6), layout="constrained")
+    figure = Figure(figsize=(max(4, 3.2 * len(cases)), 4), layout="constrained")
     panels = figure.subplots(1, len(cases), sharey=True, squeeze=False)[0]
     for panel, case in zip(panels, cases, strict=True):
         for sampler, colour in COLOURS.items():
@@ -127,14 +126,11 @@ def plot(results: dict[str, Any]) -> bytes:
                 panel, case, sampler, at_once=True, style={"color": colour, "linestyle": "--", "marker": "o"}
             )
             _line(panel, case, sampler, at_once=False, style={"color": colour, "marker": "s"})
-        panel.set_xscale("log", base=2)
-        panel.set_yscale("log", base=2)
-        for axis in (panel.xaxis, panel.yaxis):
-            axis.set_major_formatter(StrMethodFormatter("{x:g}"))
-            axis.set_minor_locator(NullLocator())
-        panel.set(title=f"{case['title']}, {case['param_bytes'] / MEBIBYTE:.1f} MiB", xlabel="draws k")
-    panels[0].set(ylabel="extra memory / size of the params")
-    return plots.finish(figure, panels[0])
+        plots.label_powers_of_two(panel)
+        size = f"{case['param_bytes'] / MEBIBYTE:.1f} MiB of weights"
+        panel.set(title=f"{case['title']}\n{size}", xlabel="draws k (log scale)")
+    panels[0].set(ylabel="extra memory / weights (log scale)")
+    return plots.finish(figure, panels[0], columns=2)
 
 
 def temp_bytes(program: jax.stages.Compiled) -> int:

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 from flax import nnx
 from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 from rich.progress import Progress
 
 import nso_jax
@@ -173,13 +174,20 @@ def markdown(results: dict[str, Any]) -> str:
 
 def plot(results: dict[str, Any]) -> bytes:
     """The weights that noise leaves where they are, over its standard deviation, as PNG."""
-    figure = Figure(figsize=(5, 3.2), layout="constrained")
+    figure = Figure(figsize=(plots.WIDTH, 3.8), layout="constrained")
     axes = figure.subplots()
-    styles = {"float16": ("#0072B2", "-"), "bfloat16": ("#D55E00", "--")}
+    styles = {"float16": (plots.SKY, "-"), "bfloat16": (plots.VERMILLION, "--")}
     for dtype, (color, dashes) in styles.items():
         shares = [100 * results["still"][dtype][f"{sigma:g}"] for sigma in SIGMAS]
         axes.plot(SIGMAS, shares, color=color, linestyle=dashes, marker="o", linewidth=2, label=dtype)
-    axes.set(title=f"Weights N(0, {DEVIATION:g}²) that do not move (%)", xlabel="sigma", xscale="log")
+        for sigma, share in zip(SIGMAS, shares, strict=True):
+            # Where both are near zero there is room for one number.
+            if dtype == "bfloat16" or share > 1:
+                axes.annotate(f"{share:.2g}", (sigma, share), (3, 7), textcoords="offset points", color=color)
+    axes.margins(x=0.1, y=0.12)
+    axes.set(title=f"Weights of deviation {DEVIATION:g} that noise leaves where they are")
+    axes.set(xlabel=r"$\sigma$ of the noise (log scale)", ylabel="weights that do not move (%)", xscale="log")
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     return plots.finish(figure, axes)
 
 

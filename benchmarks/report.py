@@ -18,7 +18,7 @@ from benchmarks.table import Tabular
 
 
 class Benchmark(Tabular, Protocol):
-    """A module that is a command. Most have `plot(results)` too, the figures as a picture, PNG."""
+    """A module that is a command. Most have `plot(results)` too, its figures as a picture, PNG."""
 
     def run(self, options: Any, progress: Progress, /) -> dict[str, Any]:
         """The figures, ready for JSON, among them the settings."""
@@ -46,9 +46,14 @@ def measure(benchmark: Benchmark, name: str, options: Any) -> dict[str, str | by
         f"{title}.json": text,
         f"{title}.md": table.markdown(benchmark, results),
     }
-    if plot := getattr(benchmark, "plot", None):
-        files[f"{title}.png"] = plot(results)
-    return files
+    return files | pictures(benchmark, title, results)
+
+
+def pictures(module: Any, title: str, results: dict[str, Any]) -> dict[str, bytes]:
+    """What a module draws of its results, by file: `plot` draws title.png, and `plot_x` title-x.png."""
+    names = [name for name in vars(module) if name.partition("_")[0] == "plot"]
+    drawn = {f"{title}{name[4:].replace('_', '-')}.png": getattr(module, name)(results) for name in names}
+    return {file: picture for file, picture in drawn.items() if picture}
 
 
 def environment() -> dict[str, Any]:

@@ -21,6 +21,12 @@ from benchmarks.timing import Ratio
 from nso_jax import noise, penalties, sharpness
 
 STRENGTH = 0.01  # of noise, radii and penalties: what it is makes no difference to what they cost
+FAMILIES = {
+    "plain": plots.BLACK,
+    "NSO": plots.BLUE,
+    "SAM's family": plots.ORANGE,
+    "penalty": plots.VERMILLION,
+}
 
 Loss = Callable[[nnx.State, Examples], jax.Array]
 Gradient = Callable[[jax.Array, nnx.State, Examples], Any]
@@ -149,16 +155,28 @@ def markdown(results: dict[str, Any]) -> str:
 def plot(results: dict[str, Any]) -> bytes:
     """Times over a plain gradient's with quartiles, a panel for each network."""
     cases = list(results["cases"].values())
-    figure = Figure(figsize=(2 + 3.2 * len(cases), 1 + 0.28 * len(RIVALS)), layout="constrained")
+    figure = Figure(
+        figsize=(max(4.5, 1.4 + 2.5 * len(cases)), 1.4 + 0.27 * len(RIVALS)), layout="constrained"
+    )
     panels = figure.subplots(1, len(cases), sharey=True, squeeze=False)[0]
     for panel, case in zip(panels, cases, strict=True):
-        ratios = {name: case["rivals"][name]["gradients"] for name in RIVALS}
-        plots.bars(panel, ratios, ".2f", color="#0072B2")
-        panel.set(title=case["title"], xlabel="time / plain gradient")
+        for i, name in enumerate(RIVALS):
+            plots.bars(panel, {i: case["rivals"][name]["gradients"]}, ".1f", color=FAMILIES[_family(name)])
+        panel.set(title=case["title"], xlabel="time / plain gradient's")
         panel.margins(x=0.2)
         panel.set_axisbelow(True)
+    for family, colour in FAMILIES.items():
+        panels[0].barh(0, 0, color=colour, label=family)
+    panels[0].set_yticks(range(len(RIVALS)), list(RIVALS))
     panels[0].invert_yaxis()
-    return plots.finish(figure)
+    figure.suptitle("What a gradient costs: median and quartiles", fontsize="large")
+    return plots.finish(figure, panels[0])
+
+
+def _family(name: str) -> str:
+    if name == "plain":
+        return "plain"
+    return "NSO" if name.startswith("NSO") else "SAM's family" if name.endswith("SAM") else "penalty"
 
 
 def _measure(case: Case, repetitions: int, advance: Callable[[], None]) -> dict[str, Any]:

@@ -170,14 +170,20 @@ def caption(results: dict[str, Any]) -> str:
 def plot(results: dict[str, Any]) -> bytes:
     """Clean accuracy against that under PGD, a panel for each data set, a line for each method, as PNG."""
     names = list(results["chosen"])
-    figure = Figure(figsize=(2 + 4 * len(names), 4), layout="constrained")
+    figure = Figure(figsize=(max(plots.WIDTH, 3.4 * len(names)), 4.2), layout="constrained")
     panels = figure.subplots(1, len(names), squeeze=False)[0]
     for panel, name in zip(panels, names, strict=True):
         runs = [run for run in results["runs"] if run["data"] == name]
         for method in results["settings"]["methods"]:
             _plot_method(panel, method, runs, results["chosen"][name][method])
-        panel.set(title=name, xlabel="clean accuracy (%)")
+        panel.set(title=name, xlabel="accuracy without attack (%)")
     panels[0].set_ylabel(f"accuracy under PGD, radius {results['settings']['radius']:g} (%)")
+    seeds = results["settings"]["seeds"]
+    figure.suptitle(
+        f"Up and right is better: mean ± standard deviation, {seeds} seeds\n"
+        "filled: the strength that the validation images chose",
+        fontsize="large",
+    )
     return plots.finish(figure, panels[0])
 
 
@@ -500,7 +506,7 @@ def _plot_method(axes: Axes, method: str, runs: list[dict[str, Any]], chosen: fl
     colour, marker = STYLES[method]
     style: dict[str, Any] = {"color": colour, "marker": marker}
     widths: dict[str, Any] = {"linewidth": 1.5, "elinewidth": 0.8, "capsize": 2}
-    axes.errorbar(x, y, yerr, xerr, markerfacecolor="white", label=method, **style, **widths)
+    axes.errorbar(x, y, yerr, xerr, markerfacecolor="white", label=LABELS[method], **style, **widths)
     for i, strength in enumerate(by_strength):
         if strength == chosen:
             axes.plot(x[i], y[i], zorder=3, **style)
@@ -529,12 +535,18 @@ METHODS = {
     "nso": methods.nso(sampler=noise.rademacher, strengths=(0.04, 0.08, 0.1, 0.12, 0.16)),
     "hessian-trace": methods.METHODS["seht"]._replace(strengths=(1e-4, 1e-3, 3e-3, 1e-2)),
 }
-# Colours of Okabe and Ito.
 STYLES = {
-    "plain": ("#000000", "*"),
-    "input-gradient": ("#E69F00", "o"),
-    "input-hessian": ("#D55E00", "s"),
-    "nso": ("#0072B2", "^"),
-    "hessian-trace": ("#009E73", "v"),
+    "plain": (plots.BLACK, "*"),
+    "input-gradient": (plots.GREEN, "o"),
+    "input-hessian": (plots.VERMILLION, "s"),
+    "nso": (plots.BLUE, "^"),
+    "hessian-trace": (plots.PURPLE, "v"),
+}
+LABELS = {
+    "plain": "plain",
+    "input-gradient": "input gradient",
+    "input-hessian": "input Hessian",
+    "nso": "NSO",
+    "hessian-trace": "Hessian trace",
 }
 HEADERS: tuple[str, ...] = ("method", "clean (%)", "FGSM (%)", "PGD (%)", "cost", "steps", "time (s)")

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib.metadata
+import math
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -24,10 +25,10 @@ LIBRARIES = {
         "nso-k4": "NSO, k = 4",
         "nso-signs-k4": "NSO, signs, k = 4",
     },
-    "PyTorch": {"torch-plain": "plain", "torch-sam": "SAM", "torch-nso": "NSO"},
+    "PyTorch": {"torch-plain": "PyTorch: plain", "torch-sam": "PyTorch: SAM", "torch-nso": "PyTorch: NSO"},
 }
 LABELS = {step: label for labels in LIBRARIES.values() for step, label in labels.items()}
-COLOURS = {"JAX and optax": "#E69F00", "nso_jax": "#0072B2", "PyTorch": "#999999"}
+COLOURS = {"JAX and optax": plots.ORANGE, "nso_jax": plots.BLUE, "PyTorch": "#999999"}
 
 SHOWN = {
     "NSO / 2 gradients": Ratio("nso", 2, "plain-gradient"),
@@ -134,17 +135,25 @@ def plot(results: dict[str, Any]) -> bytes:
     """Times of the steps over the plain step's, a panel for each case, with quartiles."""
     cases = [(case["title"], case["over_plain_step"]) for case in results["cases"].values()]
     shown = [step for step in LABELS if any(step in times for _, times in cases)]
-    figure = Figure(figsize=(1.5 + 2.4 * max(1, len(cases)), 1.3 + 0.3 * len(shown)), layout="constrained")
-    panels = figure.subplots(1, max(1, len(cases)), sharey=True, squeeze=False)[0]
+    lines = max(1, math.ceil(len(cases) / 2))
+    figure = Figure(figsize=(plots.WIDTH, 1.2 + lines * (0.9 + 0.24 * len(shown))), layout="constrained")
+    panels = figure.subplots(lines, 2, sharey=True, sharex=True).ravel()
     for panel, (title, times) in zip(panels, cases, strict=False):
         for library, labels in LIBRARIES.items():
             ratios = {shown.index(step): times[step] for step in labels if step in times}
             plots.bars(panel, ratios, ".1f", color=COLOURS[library], label=library)
-        panel.set(title=title, xlabel="time / plain step in JAX")
-        panel.margins(x=0.2)
+        for step in set(shown) - times.keys():
+            panel.text(0.1, shown.index(step), "not measured", va="center", fontsize="small")
+        panel.set(title=title)
+        panel.margins(x=0.12)
         panel.set_axisbelow(True)
+    for panel in panels[len(cases) :]:
+        panel.set_visible(False)
     panels[0].set_yticks(range(len(shown)), [LABELS[step] for step in shown])
     panels[0].invert_yaxis()
+    for panel in panels[-2:]:
+        panel.set_xlabel("time / plain step in JAX")
+    figure.suptitle("What a step costs: median and quartiles", fontsize="large")
     return plots.finish(figure, panels[0])
 
 

@@ -15,7 +15,6 @@ from flax import nnx
 from jax.flatten_util import ravel_pytree
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator, StrMethodFormatter
 from rich.progress import Progress
 
 import nso_jax
@@ -38,8 +37,9 @@ TRAINED_WIDTHS = (64, 128, 128, 10)
 BATCH_SIZE = 64
 NUM_PRODUCTS = 100
 
-CASE_COLOURS = ("#0072B2", "#D55E00", "#CC79A7")
-COUNT_COLOURS = ("#56B4E9", "#009E73", "#0072B2")
+CASE_COLOURS = (plots.BLUE, plots.VERMILLION, plots.PURPLE)
+COUNT_COLOURS = (plots.SKY, plots.GREEN, plots.BLUE)
+SHOWN = 7  # points of accuracy that a picture has room for
 
 HEADERS = (
     "what",
@@ -218,16 +218,27 @@ def caption(results: dict[str, Any]) -> str:
 
 
 def plot(results: dict[str, Any]) -> bytes:
-    """Variance against the number of parts, and accuracy against the strength of the noise, as PNG."""
+    """Variance against the number of parts, as PNG."""
+    figure = Figure(figsize=(plots.WIDTH, 4.2), layout="constrained")
+    axes = figure.subplots()
+    _plot_variance(axes, results["variance"])
+    return plots.finish(figure, axes, columns=2)
+
+
+def plot_accuracy(results: dict[str, Any]) -> bytes:
+    """Accuracy against the strength of the noise, a panel for each task, as PNG."""
     tasks = list(results["settings"]["tasks"])
-    figure = Figure(figsize=(3.2 * (1 + len(tasks)), 3.3), layout="constrained")
-    variance, *accuracies = figure.subplots(1, 1 + len(tasks))
-    _plot_variance(variance, results["variance"])
-    for axes, task in zip(accuracies, tasks, strict=True):
-        _plot_accuracy(axes, [row for row in results["training"] if row["task"] == task])
-        axes.set_xlabel("noise over weight")
-        axes.set_title(f"Test accuracy (%), labels {task}", fontsize="medium")
-    return plots.finish(figure, accuracies[0])
+    figure = Figure(figsize=(plots.WIDTH, 0.9 + 3 * len(tasks)), layout="constrained")
+    panels = figure.subplots(len(tasks), 1, sharex=True, squeeze=False)[:, 0]
+    for panel, task in zip(panels, tasks, strict=True):
+        _plot_accuracy(panel, [row for row in results["training"] if row["task"] == task])
+        panel.set(title=f"Labels: {task.removesuffix(' labels')}", ylabel="test accuracy (%)")
+    panels[-1].set_xlabel("noise over weight")
+    figure.suptitle(
+        f"Accuracy with larger noise: mean ± standard deviation, {results['settings']['seeds']} seeds",
+        fontsize="large",
+    )
+    return plots.finish(figure, panels[0], columns=3)
 
 
 def _variances(draws: int, advance: Callable[[], None]) -> Iterator[dict[str, Any]]:
@@ -428,37 +439,36 @@ def _plot_variance(axes: Axes, rows: list[dict[str, Any]]) -> None:
             )
             label = case if kind == "microbatches" else None
             axes.errorbar(parts, values, errors, color=colour, linestyle=style, linewidth=2, label=label)
-    axes.plot(parts, 1 / parts, color="black", linewidth=1, linestyle="--", label="1 / parts")
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log", base=2)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axis.set_minor_locator(NullLocator())
-    axes.set_xlabel("microbatches (solid) or devices (dotted)")
-    axes.set_title("Variance, over that with one part", fontsize="medium")
-    axes.legend(frameon=False)
+    axes.plot(parts, 1 / parts, color=plots.BLACK, linewidth=1, linestyle="--", label="1 / parts")
+    plots.label_powers_of_two(axes)
+    axes.set_title("Variance by noise in the gradient, ± standard error")
+    axes.set_xlabel("microbatches (solid) or devices (dotted), log scale")
+    axes.set_ylabel("variance / that of one part (log scale)")
 
 
 def _plot_accuracy(axes: Axes, rows: list[dict[str, Any]]) -> None:
     """A line over the strength of the noise for each number of microbatches; a level for each rival."""
-    counts = sorted({row["num_microbatches"] for row in rows if row["method"] == "nso"})
-    for count, colour in zip(counts, COUNT_COLOURS, strict=False):
-        mine = [row for row in rows if row["num_microbatches"] == count]
-        x, accuracies = [row["strength"] for row in mine], np.array([row["test_accuracy"] for row in mine])
-        y, errors = 100 * accuracies.mean(axis=1), 100 * _standard_error(accuracies)
-        axes.errorbar(
-            x,
-            y,
-            errors,
-            color=colour,
-            linewidth=2,
-            marker="o",
-            markersize=4,
-            label=f"nso, {count} part{'s' * (count > 1)}",
-        )
-    for name, colour, style in (("sgd", "#000000", "-"), ("sam", "#E69F00", "--")):
+    for name, style in (("sgd", "-"), ("sam", "--")):
         (best,) = (row for row in rows if row["method"] == name and row["best"])
-        level = 100 * statistics.mean(best["test_accuracy"])
-        axes.axhline(level, color=colour, linestyle=style, linewidth=1.5, label=name)
+        accuracies, colour = 100 * np.array(best["test_accuracy"]), plots.colour(name)
+        level, width = accuracies.mean(), plots.deviation(accuracies)
+        axes.axhline(level, color=colour, linestyle=style, linewidth=1.5, label=plots.title(name))
+        axes.axhspan(level - width, level + width, color=colour, alpha=0.1, linewidth=0)
+    counts = sorted({row["num_microbatches"] for row in rows if row["method"] == "nso"})
+    lines = {}
+    for i, count in enumerate(counts):
+        mine = [row for row in rows if row["num_microbatches"] == count]
+        accuracies = 100 * np.array([row["test_accuracy"] for row in mine]).T
+        # Side by side, so that no whisker hides another.
+        x = np.array([row["strength"] for row in mine]) + 0.008 * (i - (len(counts) - 1) / 2)
+        lines[count] = x, accuracies.mean(axis=0)
+        label = f"NSO, {count} part{'s' * (count > 1)}"
+        look: dict[str, Any] = {"color": COUNT_COLOURS[i % 3], "marker": "os^"[i % 3]}
+        axes.errorbar(*lines[count], plots.deviation(accuracies), label=label, capsize=2.5, **look)
     bottom, top = axes.get_ylim()
-    axes.set_ylim(max(bottom, top - 7), top)  # what hardly learns may leave the picture
+    edge = max(bottom, top - SHOWN)
+    axes.set_ylim(edge, top)  # what hardly learns may leave the picture
+    for i, (x, means) in enumerate(lines.values()):
+        for place, mean in zip(x[means < edge], means[means < edge], strict=True):
+            text, look = f"↓ {mean:.0f} %", {"color": COUNT_COLOURS[i % 3], "ha": "right"}
+            axes.annotate(text, (place, edge), (0, 4), textcoords="offset points", **look)

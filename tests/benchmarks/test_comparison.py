@@ -204,7 +204,8 @@ def test_an_ablation_leaves_its_figures(tmp_path, monkeypatch):
     assert all(
         float(variant["noise"]) > 0 for variant in results["variants"] if "sgd" not in variant["value"]
     )
-    assert (tmp_path / "out" / "ablate.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "out" / "ablate-forms.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "out" / "ablate.png").exists()
 
 
 @pytest.mark.parametrize(
