@@ -269,6 +269,25 @@ def test_aux_modes(key, chunk_size):
     assert stack["more"][0].shape == (10,)
 
 
+@pytest.mark.parametrize("chunk_size", [1, 2, 5])
+def test_sums_are_those_of_all_evaluations(key, chunk_size):
+    def counted(w):
+        return jnp.sum(w**2), {"flag": w > 0, "small": jnp.int8(100), "half": w.astype(jnp.float16), "w": w}
+
+    def run(aux):
+        options = {"sigma": 1.0, "num_samples": 5, "chunk_size": chunk_size, "has_aux": True}
+        return jax.jit(nso_jax.value_and_grad(counted, aux=aux, **options))(key, jnp.array([0.1, -0.3]))[0][1]
+
+    total, each = run("sum"), run("stack")
+    assert total["small"] == 1000  # beyond int8
+    np.testing.assert_array_equal(total["flag"], each["flag"].sum(axis=0))
+    np.testing.assert_allclose(total["w"], each["w"].sum(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(total["half"], each["half"].astype(np.float32).sum(axis=0), rtol=1e-3)
+    assert {name: x.dtype.name for name, x in total.items()} == {
+        "flag": "int32", "small": "int32", "half": "float16", "w": "float32",
+    }  # fmt: skip
+
+
 def test_aux_modes_may_be_mixed_and_weighted(key):
     aux = aux_of(key, aux={"hidden": "stack", "calls": "clean", "more": "mean"})
     assert aux["hidden"].shape == (4, 2)

@@ -678,3 +678,22 @@ def bsam(key, **options):
 def test_errors_name_argument_value_and_leaf(key, call, error, message):
     with pytest.raises(error, match=message):
         call(key)
+
+
+def test_bsam_refuses_a_gradient_that_may_be_a_part_of_it(key):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    tx = sharpness.bsam(0.1, num_examples=100, key=key, axis_name="data")
+
+    def step(w, x):
+        def grad_fn(w, _):
+            return jax.grad(lambda w: jax.lax.pmean(jnp.mean((x @ w) ** 2), "data"))(w)
+
+        return tx.update(w, tx.init(w), w, grad_fn=grad_fn)[0]
+
+    specs = {"in_specs": (jax.P(), jax.P("data")), "out_specs": jax.P()}
+    with pytest.raises(
+        ValueError, match=r"grad_fn: its loss has a collective, .* give bsam, .* check_vma=False"
+    ):
+        jax.jit(jax.shard_map(step, mesh=mesh, **specs))(jnp.ones(3), jnp.ones((8, 3)))
+    unchecked = jax.jit(jax.shard_map(step, mesh=mesh, check_vma=False, **specs))
+    assert jnp.isfinite(unchecked(jnp.ones(3), jnp.ones((8, 3)))).all()
