@@ -33,6 +33,8 @@ from nso_jax._checks import (
 from nso_jax._derivatives import hessian_product, second_derivative, slope
 from nso_jax.noise import Sampler, widen
 
+__all__ = ["confidence", "hessian_trace", "input_gradient", "input_hessian_norm", "jacobian"]
+
 _ROUNDING = 1e-6  # of a probability that is meant to be one over a whole number
 
 

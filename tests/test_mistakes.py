@@ -215,7 +215,13 @@ def test_the_package_shows_its_public_names_alone():
         _ = nso_jax.layers
 
 
-@pytest.mark.parametrize("name", ["gradients", "transform", "noise", "parallel", "sharpness"])
+MODULES = ["gradients", "transform", "noise", "parallel", "nnx", "sharpness", "penalties"]
+MODULES += [
+    f"curvature.{name}" for name in ("bounds", "eigenvalues", "operators", "spectrum", "stability", "trace")
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
 def test_every_module_says_what_is_public(name):
     module = importlib.import_module(f"nso_jax.{name}")
     assert sorted(module.__all__) == list(module.__all__)

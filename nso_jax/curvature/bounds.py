@@ -31,6 +31,8 @@ from nso_jax.curvature.operators import (
 )
 from nso_jax.curvature.probes import mean_and_error
 
+__all__ = ["PacBayesBound", "pac_bayes_bound"]
+
 _UNITS = ("example", "batch")
 
 

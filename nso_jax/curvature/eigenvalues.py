@@ -17,6 +17,8 @@ from nso_jax.curvature.operators import (
     starting_with_key,
 )
 
+__all__ = ["Eigenpairs", "eigenvalues"]
+
 # How much an eigenvalue is wanted: the k with the highest rank are.
 _RANKS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "largest": np.positive,

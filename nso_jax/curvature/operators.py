@@ -26,6 +26,8 @@ from nso_jax._checks import (
 from nso_jax._checks import check_function as check_callable
 from nso_jax._derivatives import linearize, linearize_gradient
 
+__all__ = ["GaussNewton", "ggn_vp", "hvp"]
+
 # Linearizations of a list's batches are kept for the next product while they take no more than this together.
 _KEPT_BYTES = 2**28
 # A pass over the data takes as many vectors at once as fit into this, with their products.

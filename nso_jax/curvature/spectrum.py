@@ -18,6 +18,8 @@ from nso_jax.curvature.operators import (
 )
 from nso_jax.curvature.probes import mean_and_error
 
+__all__ = ["Density", "spectral_density"]
+
 # Probes go side by side as long as their bases take no more than this together.
 _BASES_BYTES = 2**29
 

@@ -28,6 +28,8 @@ from nso_jax.curvature.operators import (
 from nso_jax.curvature.probes import mean_and_error
 from nso_jax.curvature.trace import Estimate, trace
 
+__all__ = ["SigmaSuggestion", "StabilityGap", "noise_stability_gap", "suggest_sigma"]
+
 # Neighbours on the ladder of sigmas. Each pass over the data takes four rungs, the first pass two of them
 # below the start.
 _STEP = math.sqrt(2)

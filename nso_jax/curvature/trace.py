@@ -10,6 +10,8 @@ from nso_jax._checks import broadcast_prefix, check_choice, check_count
 from nso_jax.curvature.operators import Operator, check_call, check_tolerance, starting_with_key
 from nso_jax.curvature.probes import Deflation, Hutchinson
 
+__all__ = ["Estimate", "diagonal", "trace"]
+
 # The fewest products of a method: those of two probes.
 _TRACE_METHODS = {"xtrace": 4, "hutch++": 6, "hutchinson": 2}
 _DIAGONAL_METHODS = {"xdiag": 4, "hutchinson": 2}
