@@ -155,7 +155,7 @@ def pac_bayes_bound(
       Hutchinson, A stochastic estimator of the trace of the influence matrix for Laplacian smoothing
       splines, Communications in Statistics: Simulation and Computation 19(2), 1990.
     """
-    key = check_call(key, batches)
+    key = check_call(key)
     check_choice("per", per, _UNITS)
     check_count("num_probes", num_probes, 2)
     check_batches(batches)

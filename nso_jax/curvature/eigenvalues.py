@@ -125,7 +125,7 @@ def eigenvalues(
       Golub, Van Loan, Matrix Computations, 4th edition, chapter 10, Johns Hopkins University Press, 2013.
       Parlett, The Symmetric Eigenvalue Problem, chapter 13, SIAM, 1998.
     """
-    key = check_call(key, batches)
+    key = check_call(key)
     check_choice("which", which, _RANKS)
     check_tolerance("tol", tol)
     check_count("k", k, 1)

@@ -160,7 +160,7 @@ def layer_structure(
       Eschenhagen, Immer, Turner, Schneider, Hennig, Kronecker-Factored Approximate Curvature for Modern
       Neural Network Architectures, arXiv 2311.00636, 2023.
     """
-    key = check_call(key, batches)
+    key = check_call(key)
     check_count("k", k, 1)
     check_count("num_probes", num_probes, 2)
     check_tolerance("tol", tol)

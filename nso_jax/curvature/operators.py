@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -537,29 +537,31 @@ def orthogonalise(vectors: np.ndarray, basis: np.ndarray) -> np.ndarray:
     return vectors
 
 
-class _Required:
-    """The default of an argument that has none: says so better than Python does."""
-
-    def __repr__(self) -> str:
-        return "required"
+_ORDER = "The arguments are (key, fun, params, batches), in this order."
 
 
 def starting_with_key(function: _Function) -> _Function:
-    """Lets a function of (key, fun, params, batches) see for itself that one is missing, say the key."""
-    function.__defaults__ = (_Required(),)
-    return function
+    """Says better than Python does that one of (key, fun, params, batches) is missing, say the key."""
+    names = ("key", "fun", "params", "batches")
+
+    @functools.wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        missing = [name for i, name in enumerate(names) if i >= len(args) and name not in kwargs]
+        if missing:
+            with contextlib.suppress(IndexError):
+                check_call(args[0], f" {missing[0]!r} is missing.")
+            raise TypeError(f"Missing argument: {missing[0]!r}. {_ORDER} With no data, give None.")
+        return function(*args, **kwargs)
+
+    return cast("_Function", checked)
 
 
-def check_call(key: Any, batches: Any) -> jax.Array:
-    """`key` as a typed key; raises TypeError if it is not one, or if the last argument is missing."""
-    order = "The arguments are (key, fun, params, batches), in this order."
+def check_call(key: Any, missing: str = "") -> jax.Array:
+    """`key` as a typed key; raises TypeError if it is not one, or is a tracer."""
     try:
         typed = as_key(key)
     except TypeError as error:
-        missing = " 'batches' is missing." if isinstance(batches, _Required) else ""
-        raise TypeError(f"{error}{missing} {order}") from None
-    if isinstance(batches, _Required):
-        raise TypeError(f"Missing argument: 'batches'. {order} With no data, give None.")
+        raise TypeError(f"{error}{missing} {_ORDER}") from None
     check_concrete("key", typed)
     return typed
 

@@ -121,7 +121,7 @@ def spectral_density(
       Ghorbani, Krishnan, Xiao, An Investigation into Neural Net Optimization via Hessian Eigenvalue Density,
       arXiv 1901.10159, 2019.
     """
-    key = check_call(key, batches)
+    key = check_call(key)
     check_count("num_probes", num_probes, 2)
     check_count("num_steps", num_steps, 1)
     check_count("num_points", num_points, 2)

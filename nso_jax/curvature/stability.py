@@ -182,7 +182,7 @@ def noise_stability_gap(
     References:
       Zhang, Li and Ju, Noise Stability Optimization for Finding Flat Minima, arXiv 2306.08553, 2023.
     """
-    key = check_call(key, batches)
+    key = check_call(key)
     values = _check_sigmas(sigmas)
     problem, estimate = _prepare(
         key,
@@ -284,7 +284,7 @@ def suggest_sigma(
     References:
       Zhang, Li and Ju, Noise Stability Optimization for Finding Flat Minima, arXiv 2306.08553, 2023.
     """
-    key = check_call(key, batches)
+    key = check_call(key)
     check_tolerance("share", share)
     check_tolerance("tolerance", tolerance)
     problem, estimate = _prepare(

@@ -118,7 +118,7 @@ def trace(
       Epperly, Tropp, Webber, XTrace: Making the most of every sample in stochastic trace estimation,
       arXiv 2301.07825, 2023.
     """
-    key = check_call(key, batches)
+    key = check_call(key)
     _check_options(_TRACE_METHODS, method, num_products, rtol)
     operator = Operator(
         fun, params, batches, mask=mask, weight=weight, chunk_size=chunk_size, callback=callback
@@ -207,7 +207,7 @@ def diagonal(
       Epperly, Tropp, Webber, XTrace: Making the most of every sample in stochastic trace estimation,
       arXiv 2301.07825, 2023.
     """
-    key = check_call(key, batches)
+    key = check_call(key)
     _check_options(_DIAGONAL_METHODS, method, num_products, rtol)
     operator = Operator(
         fun, params, batches, mask=mask, weight=weight, chunk_size=chunk_size, callback=callback
