@@ -123,13 +123,13 @@ def _run(name: str, prog: str, words: Sequence[str]) -> None:
     try:
         import tyro  # noqa: PLC0415
 
-        module = None if name in FUNCTIONS else _load(name)
+        if name in FUNCTIONS:
+            tyro.cli(FUNCTIONS[name], prog=prog, args=words)
+        else:
+            module = _load(name)
+            _measure(name, module, tyro.cli(module.Options, prog=prog, args=words))
     except ImportError as error:
         raise _missing_package(error) from error
-    if module is None:
-        tyro.cli(FUNCTIONS[name], prog=prog, args=words)
-    else:
-        _measure(name, module, tyro.cli(module.Options, prog=prog, args=words))
 
 
 def _measure(name: str, module: Any, options: Any) -> None:
@@ -137,19 +137,20 @@ def _measure(name: str, module: Any, options: Any) -> None:
     for field in dataclasses.fields(options):
         if getattr(options, field.name) == () != field.default:
             raise UserError(f"argument --{field.name}: expected at least one value")
-    with output_folder(options.out):
+    folder = getattr(options, "folder", options.out)
+    with output_folder(folder):
         if name == "demo":
             files = module.demo(options)
         else:
             from benchmarks import report  # noqa: PLC0415
 
             files = report.measure(module, name, options)
-        write_into(options.out, files)
+        write_into(folder, files)
         if hasattr(options, "work"):
             from benchmarks import journal  # noqa: PLC0415
 
             journal.finish(options.work)
-    print(f"{options.out}: {', '.join(files)}")
+    print(f"{folder}: {', '.join(files)}")
 
 
 def _load(name: str) -> Any:
