@@ -7,6 +7,7 @@ import json
 import math
 import statistics
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -245,6 +246,10 @@ def run(options: Options, progress: Progress) -> dict[str, Any]:
     for number, name in enumerate(options.names, 1):
         place = f"[{number}/{last}] {name}"
         tell(f"{place}: {METHODS[name].words}")
+        if not all(journal.done(_title(name, seed)) for seed in range(size.seeds)):
+            start = time.perf_counter()
+            _compiled(name, task, options)
+            tell(f"{place}: compiled in {time.perf_counter() - start:.1f} s; {left} left")
         for seed in range(size.seeds):
             train = functools.partial(
                 _train, name, seed, options=options, task=task, gauge=gauge, journal=journal, left=left
@@ -384,6 +389,12 @@ def _train(
         **measuring.measure_surface(gauge, measuring.split_network(model)[1], split, seed),
         "curve": curve,
     }
+
+
+def _compiled(name: str, task: Task, options: Options) -> training.Steps:
+    """The steps of a method, which all its trainings share."""
+    settings = options.training(name, 0)
+    return training.compiled(task, METHODS[name].method, settings.gradients, settings.schedule)
 
 
 def _title(name: str, seed: int) -> str:

@@ -26,7 +26,6 @@ import nso_jax
 from benchmarks import table
 from benchmarks.table import Tabular
 
-
 PRIOR_SECONDS = 10.0  # for which the pace is what was expected, whatever the clock says
 
 
