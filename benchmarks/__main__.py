@@ -36,7 +36,7 @@ class Command(NamedTuple):
 MEASUREMENTS = {
     "demo": Command("four methods on small digits, with wrong labels", 1),
     "step-cost": Command("times of training steps, beside SAM and PyTorch", 10),
-    "memory": Command("memory of the averaged gradient beyond a plain one", 2),
+    "memory": Command("memory of the averaged gradient beyond a plain one", 5),
     "communication": Command("bytes that devices exchange in a training step", 1, devices=8),
     "variance": Command("variance of the averaged gradient, at equal cost", 15, devices=8),
     "curvature": Command("how curved the loss of a saved network is", 1),
@@ -47,7 +47,7 @@ MEASUREMENTS = {
     "ablate": Command("what each choice in weight noise is worth", 20),
     "rivals": Command("what SAM, its family and penalties cost", 10),
     "robustness": Command("accuracy under attack, after input penalties or NSO", 40),
-    "precision": Command("what 16-bit numbers do to small noise and to training", 5),
+    "precision": Command("what 16-bit numbers do to small noise and to training", 1),
     "reliability": Command("faults and odd inputs, and what is lost by them", 28, devices=8),
 }
 MAINTENANCE = {
