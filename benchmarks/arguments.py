@@ -8,8 +8,6 @@ from typing import Annotated, Any
 
 from tyro.constructors import PrimitiveConstructorSpec
 
-from benchmarks.files import RESULTS
-
 
 @dataclasses.dataclass(frozen=True)
 class Output:
@@ -19,7 +17,7 @@ class Output:
         out: Output folder.
     """
 
-    out: Path = RESULTS
+    out: Path = Path("runs/results")
 
     def settings(self) -> dict[str, Any]:
         """What somebody needs to know to go on with the run or to repeat it, ready for JSON."""

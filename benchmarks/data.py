@@ -14,7 +14,6 @@ import fsspec
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pyarrow.parquet as pq
 from PIL import Image
 from sklearn import datasets
 
@@ -281,7 +280,10 @@ class _File(NamedTuple):
     path: str
 
     @contextlib.contextmanager
-    def read(self) -> Iterator[pq.ParquetFile]:
+    def read(self) -> Iterator[Any]:
+        # Imported here, so that the demo can do without it: it is large.
+        import pyarrow.parquet as pq  # noqa: PLC0415
+
         with _readable(self.name), pq.ParquetFile(self.path, filesystem=self.system) as file:
             yield file
 

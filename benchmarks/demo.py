@@ -7,7 +7,8 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -27,8 +28,29 @@ from benchmarks.models import ConvNet
 from benchmarks.training import Settings, Task
 
 NUM_TRAIN, BATCH_SIZE = 400, 50
-NUM_POINTS = 10  # of each curve
-POINT_PRODUCTS, FINAL_PRODUCTS = 10, 50  # Hessian-vector products for a trace, at each point and at the end
+
+
+class Size(NamedTuple):
+    """How large a run is.
+
+    Attributes:
+        seeds: Trainings of each method.
+        steps: Steps of two gradient evaluations.
+        num_points: Of each curve.
+        point_products: Hessian-vector products for a trace, at each point.
+        final_products: The same at the end.
+    """
+
+    seeds: int
+    steps: int
+    num_points: int
+    point_products: int
+    final_products: int
+
+
+# The quick one is over in a minute or so on two cores. Its steps cannot be far fewer: with half of the full
+# one's, SAM has not learnt the wrong labels yet and noise not the right ones.
+QUICK, FULL = Size(3, 900, 5, 8, 20), Size(5, 1200, 10, 10, 50)
 
 MethodName = Literal["sgd", "sam", "wp-sgd", "nso"]
 
@@ -44,11 +66,23 @@ HEADERS: tuple[str, ...] = (
 
 
 class Tuned(NamedTuple):
-    """A method, where its learning rate starts, and its strength."""
+    """A method, and how it is used here.
 
+    Attributes:
+        words: What it is, for somebody who does not know its name.
+        method: The method.
+        learning_rate: Where it starts.
+        strength: Of the method.
+        compiling: Seconds that it takes on one core.
+        gradient: Seconds of a gradient evaluation.
+    """
+
+    words: str
     method: Method
     learning_rate: float
     strength: float = 0.0
+    compiling: float = 3.0
+    gradient: float = 1e-3
 
 
 # Picked by the accuracy on the validation images, a mean over the seeds 100 to 104. SGD came first: learning
@@ -57,10 +91,12 @@ class Tuned(NamedTuple):
 # .02, .05, .1, .2, .5, though not beyond a value with which nothing was learnt.
 WEIGHT_DECAY = 5e-3
 METHODS: dict[str, Tuned] = {
-    "sgd": Tuned(methods.METHODS["sgd"], 0.1),
-    "sam": Tuned(methods.METHODS["sam"], 0.05, 0.2),
-    "wp-sgd": Tuned(methods.nso(antithetic=False, num_samples=2), 0.05, 0.1),
-    "nso": Tuned(methods.METHODS["nso"], 0.05, 0.1),
+    "sgd": Tuned("plain training with momentum", methods.METHODS["sgd"], 0.1, 0.0, 5.0, 0.8e-3),
+    "sam": Tuned("sharpness-aware minimization", methods.METHODS["sam"], 0.05, 0.2, 2.0, 0.8e-3),
+    "wp-sgd": Tuned(
+        "weight noise, one-sided", methods.nso(antithetic=False, num_samples=2), 0.05, 0.1, 3.5, 2.5e-3
+    ),
+    "nso": Tuned("weight noise in pairs, W + U and W - U", methods.METHODS["nso"], 0.05, 0.1, 3.0, 0.9e-3),
 }
 
 
@@ -70,18 +106,22 @@ class Options:
 
     Attributes:
         methods: What to compare.
-        seeds: Trainings of each method.
-        steps: Steps of two gradient evaluations (sgd: twice as many of one).
+        full: The run that the published figures are of, in two to three minutes instead of one.
+        seeds: Trainings of each method: 3 by default, 5 of a full run.
+        steps: Steps of two gradient evaluations (sgd: twice as many of one): 900 by default, 1200 of a full
+            run.
         wrong_labels: Share of the training labels made wrong.
-        out: Output folder; what a run leaves as it goes is in its folder `work`.
+        out: Output folder: runs/demo by default, runs/demo-full of a full run. What a run leaves as it goes
+            is in its folder `work`.
         resume: Go on with the run in that folder, from where it was stopped.
     """
 
     methods: tuple[MethodName, ...] = get_args(MethodName)
-    seeds: arguments.Count = 5
-    steps: arguments.Count = 1200
+    full: bool = False
+    seeds: arguments.OwnCount = None
+    steps: arguments.OwnCount = None
     wrong_labels: arguments.Share = 0.2
-    out: Path = Path("runs/demo")
+    out: Path | None = None
     resume: bool = False
 
     @property
@@ -90,33 +130,51 @@ class Options:
         return tuple(dict.fromkeys(self.methods))
 
     @property
+    def size(self) -> Size:
+        """How large the run is."""
+        size = FULL if self.full else QUICK
+        return size._replace(seeds=self.seeds or size.seeds, steps=self.steps or size.steps)
+
+    @property
+    def folder(self) -> Path:
+        """The output folder."""
+        return self.out or Path("runs/demo-full" if self.full else "runs/demo")
+
+    @property
     def work(self) -> Path:
         """The folder for what a run leaves as it goes."""
-        return self.out / "work"
+        return self.folder / "work"
 
     @property
     def gradients(self) -> int:
         """Evaluated in each training, whatever the method."""
-        return 2 * self.steps
+        return 2 * self.size.steps
 
     def training(self, name: str, seed: int) -> Settings:
         """Those of one training."""
-        _, rate, strength = METHODS[name]
-        return Settings(self.gradients, rate, WEIGHT_DECAY, strength, seed=seed, num_points=NUM_POINTS)
+        tuned = METHODS[name]
+        return Settings(
+            self.gradients,
+            tuned.learning_rate,
+            WEIGHT_DECAY,
+            tuned.strength,
+            seed=seed,
+            num_points=self.size.num_points,
+        )
 
     def settings(self) -> dict[str, Any]:
         """What somebody needs to know to repeat the run, ready for JSON."""
         tuned = {name: METHODS[name] for name in self.names}
         return {
             "methods": self.names,
-            "seeds": self.seeds,
-            "steps": self.steps,
+            "seeds": self.size.seeds,
+            "steps": self.size.steps,
             "num_train": NUM_TRAIN,
             "wrong_labels": self.wrong_labels,
             "batch_size": BATCH_SIZE,
-            "num_points": NUM_POINTS,
-            "point_products": POINT_PRODUCTS,
-            "final_products": FINAL_PRODUCTS,
+            "num_points": self.size.num_points,
+            "point_products": self.size.point_products,
+            "final_products": self.size.final_products,
             "num_test": data.NUM_TEST,
             "gradient_evaluations": self.gradients,
             "momentum": methods.MOMENTUM,
@@ -139,11 +197,12 @@ def demo(options: Options) -> dict[str, str | bytes]:
     """
     console = Console()
     this: Any = sys.modules[__name__]
-    with report.progress(console, "gradients") as progress:
+    with report.expected_progress(console) as progress:
         text = table.to_json(report.environment() | run(options, progress))
     # Read back, so that the table and the pictures show exactly what the file says.
     results = json.loads(text)
     report.print_table(console, this, results)
+    console.print(f"\n{options.folder / 'training.png'} shows: {finding(results)}", highlight=False)
     return {
         "results.json": text,
         "table.md": table.markdown(this, results),
@@ -163,27 +222,49 @@ def run(options: Options, progress: Progress) -> dict[str, Any]:
     Returns:
         All figures, ready for JSON. The networks of each method's first seed are in the folder `work`.
     """
-    settings, total = options.settings(), options.gradients * len(options.names) * options.seeds
+    settings, size = options.settings(), options.size
+    tell = functools.partial(progress.console.print, highlight=False, markup=False, soft_wrap=True)
     journal = Journal(options.work, settings, resume=options.resume)
-    advance = functools.partial(progress.advance, progress.add_task("all trainings", total=total))
+    trainings = itertools.product(options.names, range(size.seeds))
+    left = report.TimeLeft(
+        {
+            _title(name, seed): _expected(name, seed, options)
+            for name, seed in trainings
+            if not journal.done(_title(name, seed))
+        },
+        progress,
+    )
+    last = len(options.names) + 1
+    tell(
+        f"{size.seeds} trainings by each of {len(options.names)} methods, on {NUM_TRAIN} digits, "
+        f"{100 * options.wrong_labels:.0f} % of them with a wrong label; {left} left.\n"
+        f"Of each you read how many of {data.NUM_TEST:,} test digits it gets right, and the Hessian's trace: "
+        "small is flat."
+    )
     task, runs = make_task(options.wrong_labels), []
     gauge = measuring.gauge(measuring.split_network(task.model(0))[0])
-    for name, seed in itertools.product(options.names, range(options.seeds)):
-        title = f"{name}, seed {seed}"
-        if journal.done(title):
-            advance(options.gradients)
-        train = functools.partial(
-            _train, name, seed, options=options, task=task, gauge=gauge, journal=journal, advance=advance
-        )
-        figures = journal.once(title, train)
-        progress.console.print(
-            f"{title}: test accuracy {100 * figures['test_accuracy']:.1f} %, "
-            f"Hessian trace {figures['trace']:.3g}, {figures['seconds']:.1f} s",
-            highlight=False,
-        )
-        runs.append({"method": name, "seed": seed, **figures})
+    for number, name in enumerate(options.names, 1):
+        place = f"[{number}/{last}] {name}"
+        tell(f"{place}: {METHODS[name].words}")
+        if not all(journal.done(_title(name, seed)) for seed in range(size.seeds)):
+            start = time.perf_counter()
+            _compiled(name, task, options)
+            tell(f"{place}: compiled in {time.perf_counter() - start:.1f} s; {left} left")
+        for seed in range(size.seeds):
+            train = functools.partial(
+                _train, name, seed, options=options, task=task, gauge=gauge, journal=journal, left=left
+            )
+            figures = journal.once(_title(name, seed), train)
+            left.finish(_title(name, seed))
+            tell(
+                f"{place}: seed {seed + 1} of {size.seeds}, "
+                f"{100 * figures['test_accuracy']:.1f} % right, trace {figures['trace']:.3g}, "
+                f"{figures['seconds']:.1f} s; {left} left"
+            )
+            runs.append({"method": name, "seed": seed, **figures})
     counts = {run["evaluations"] for run in runs}
     assert counts == {options.gradients}, f"the methods took {counts} gradient evaluations"  # noqa: S101
+    tell(f"[{last}/{last}] the table and the pictures")
     return {"settings": settings, "runs": runs}
 
 
@@ -217,6 +298,26 @@ def caption(results: dict[str, Any]) -> str:
         "evaluation mode. Its SE: the standard error of one seed's trace, from "
         f"{settings['final_products']} Hessian-vector products. Seconds: to train one seed, without "
         f"compiling and measuring, on {machine['cpu_count']} CPU cores ({machine['device']})."
+    )
+
+
+def finding(results: dict[str, Any]) -> str:
+    """What the picture of the trainings shows, in a sentence."""
+    settings = results["settings"]
+    names = [name for name in ("nso", "sgd") if name in settings["methods"]]
+
+    def spread(key: str, scale: float = 1.0) -> list[str]:
+        return [
+            _spread([scale * run[key] for run in results["runs"] if run["method"] == name]) for name in names
+        ]
+
+    if len(names) < 2:
+        return "means over the seeds, in bands of a standard deviation."
+    accuracy, trace = spread("test_accuracy", 100), spread("trace")
+    return (
+        f"with {100 * settings['wrong_labels']:.0f} % of the labels wrong, nso gets "
+        f"{accuracy[0]} % of the test digits right and sgd {accuracy[1]} %, at the same number of gradients; "
+        f"the Hessian's trace, which is small where the loss is flat, is {trace[0]} against {trace[1]}."
     )
 
 
@@ -262,13 +363,16 @@ def _train(
     task: Task,
     gauge: Gauge,
     journal: Journal,
-    advance: Callable[[float], None],
+    left: report.TimeLeft,
 ) -> dict[str, Any]:
     """Trains once and measures on the way and at the end."""
     method, settings = METHODS[name].method, options.training(name, seed)
     split = data.digits(seed, NUM_TRAIN, options.wrong_labels)
 
-    def measure(model: nnx.Module, num_products: int = POINT_PRODUCTS) -> dict[str, float]:
+    def advance(gradients: float) -> None:
+        left.advance(gradients * METHODS[name].gradient)
+
+    def measure(model: nnx.Module, num_products: int = options.size.point_products) -> dict[str, float]:
         return measuring.measure_point(gauge, measuring.split_network(model)[1], split, num_products)
 
     model, curve, seconds = training.train(
@@ -281,10 +385,29 @@ def _train(
     return {
         "evaluations": curve[-1]["evaluations"],
         "seconds": seconds,
-        **measure(model, FINAL_PRODUCTS),
+        **measure(model, options.size.final_products),
         **measuring.measure_surface(gauge, measuring.split_network(model)[1], split, seed),
         "curve": curve,
     }
+
+
+def _compiled(name: str, task: Task, options: Options) -> training.Steps:
+    """The steps of a method, which all its trainings share."""
+    settings = options.training(name, 0)
+    return training.compiled(task, METHODS[name].method, settings.gradients, settings.schedule)
+
+
+def _title(name: str, seed: int) -> str:
+    """That of a training in the journal."""
+    return f"{name}, seed {seed}"
+
+
+def _expected(name: str, seed: int, options: Options) -> float:
+    """Seconds that a training takes with compiling and measuring, on one core in 2025."""
+    size, tuned = options.size, METHODS[name]
+    products = size.num_points * size.point_products + size.final_products
+    compiling = tuned.compiling if seed == 0 else 0.0
+    return compiling + options.gradients * tuned.gradient + 0.6 + 0.016 * products
 
 
 def _file(name: str) -> str:

@@ -2,19 +2,31 @@
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
+import time
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import jax
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 import nso_jax
 from benchmarks import table
 from benchmarks.table import Tabular
+
+PRIOR_SECONDS = 10.0  # for which the pace is what was expected, whatever the clock says
 
 
 class Benchmark(Tabular, Protocol):
@@ -72,6 +84,57 @@ def progress(console: Console, unit: str = "measurements") -> Progress:
     left = (TextColumn(f"{unit},"), TimeRemainingColumn(), TextColumn("left"))
     # Speeds are averaged over minutes, because some steps take seconds and some a fraction of one.
     return Progress(*columns, *left, console=console, transient=True, speed_estimate_period=300)
+
+
+class TimeLeft:
+    """How long the rest of a run takes: from what was expected of each of its parts, and the pace so far.
+
+    As text it is rounded, because it is a guess.
+    """
+
+    def __init__(self, expected: Mapping[str, float], shown: Progress) -> None:
+        """Starts the clock.
+
+        Args:
+            expected: Seconds of each part.
+            shown: Where to show how far it is, of `expected_progress`.
+        """
+        self._expected, self._shown, self._start = dict(expected), shown, time.perf_counter()
+        self._done = self._within = 0.0
+        self._task = shown.add_task("all trainings", total=sum(expected.values()) or 1.0, left=str(self))
+
+    def advance(self, seconds: float) -> None:
+        """Adds what was expected of a bit of the part under way."""
+        self._within += seconds
+        self._show()
+
+    def finish(self, part: str) -> None:
+        """The part under way is over."""
+        self._done, self._within = self._done + self._expected.pop(part, 0.0), 0.0
+        self._show()
+
+    @property
+    def seconds(self) -> float:
+        """Those left."""
+        done = self._done + self._within
+        pace = (time.perf_counter() - self._start + PRIOR_SECONDS) / (done + PRIOR_SECONDS)
+        return pace * max(0.0, sum(self._expected.values()) - self._within)
+
+    def __str__(self) -> str:
+        """Whole fives of seconds, or minutes."""
+        seconds = self.seconds
+        if seconds > 180:
+            return f"about {seconds / 60:.0f} minutes"
+        return f"about {5 * max(1, math.ceil(seconds / 5))} s"
+
+    def _show(self) -> None:
+        self._shown.update(self._task, completed=self._done + self._within, left=str(self))
+
+
+def expected_progress(console: Console) -> Progress:
+    """A display of a `TimeLeft`."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+    return Progress(*columns, TextColumn("{task.fields[left]} left"), console=console, transient=True)
 
 
 def print_table(console: Console, tabular: Tabular, results: dict[str, Any]) -> None:

@@ -60,7 +60,8 @@ def soak(num_steps: int) -> Soak:
     Args:
         num_steps: How many steps, of two gradients each.
     """
-    method, rate, strength = demo.METHODS["nso"]
+    tuned = demo.METHODS["nso"]
+    method, rate, strength = tuned.method, tuned.learning_rate, tuned.strength
     task, process = demo.make_task(wrong_labels=0.2), psutil.Process()
     traced, done = 0, 0
     steps, mebibytes, arrays = [], [], []

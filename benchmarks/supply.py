@@ -30,7 +30,7 @@ nso_jax.penalties.hessian_trace(key, loss, w)
 assert nso_jax.curvature.trace(key, loss, w, ()).value > 0
 """
 NO_FLAX = "ImportError: nso_jax.nnx needs flax: pip install 'nso-jax[flax]'\n"
-NO_BENCHMARKS = "of the 'benchmarks' extra: pip install 'nso-jax[benchmarks]'\n"
+NO_BENCHMARKS = "of the 'benchmarks' extra: in the checkout, pip install -e '.[benchmarks]'\n"
 
 # Sources of data, the last part of which names the files that a command writes.
 HOSTILE = (

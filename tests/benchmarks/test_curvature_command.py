@@ -27,12 +27,13 @@ def strict():
 def trained(tmp_path_factory):
     """A demo's output folder."""
     folder = tmp_path_factory.mktemp("demo")
-    sizes = {"NUM_TRAIN": 40, "BATCH_SIZE": 20, "NUM_POINTS": 1, "POINT_PRODUCTS": 4, "FINAL_PRODUCTS": 4}
+    size = demo.Size(seeds=2, steps=STEPS, num_points=1, point_products=4, final_products=4)
+    sizes = {"NUM_TRAIN": 40, "BATCH_SIZE": 20, "QUICK": size}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measuring, "SLICE_DISTANCES", {"random": [0.0], "eigenvector": [0.0]})
         for name, value in sizes.items():
             patch.setattr(demo, name, value)
-        arguments = ["demo", "--methods", "nso", "--seeds", "2", "--steps", str(STEPS), "--out", str(folder)]
+        arguments = ["demo", "--methods", "nso", "--out", str(folder)]
         assert cli.main(arguments) == 0
     return folder
 

@@ -40,7 +40,9 @@ from benchmarks.journal import Journal
 ROOT = Path(__file__).parents[2]
 FILES = {"results.json", "table.md", "training.png", "surface.png"}
 NETWORKS = {f"{name}.safetensors" for name in demo.METHODS}
+LOADING = "Loading JAX and Flax ...\n"
 STEPS = 3
+FULL = demo.Size(seeds=2, steps=STEPS, num_points=10, point_products=4, final_products=4)
 
 
 @pytest.fixture(autouse=True)
@@ -53,8 +55,7 @@ def short():
     """The measuring of a real run would take most of the time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measuring, "SLICE_DISTANCES", {"random": [-1.0, 0.0, 1.0], "eigenvector": [-0.5, 0.5]})
-        patch.setattr(demo, "POINT_PRODUCTS", 4)
-        patch.setattr(demo, "FINAL_PRODUCTS", 4)
+        patch.setattr(demo, "FULL", FULL)
         yield patch
 
 
@@ -62,7 +63,7 @@ def short():
 def output(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo") / "new" / "folder"
     with short():
-        assert cli.main(["demo", "--steps", str(STEPS), "--seeds", "2", "--out", str(folder)]) == 0
+        assert cli.main(["demo", "--full", "--out", str(folder)]) == 0
     return folder
 
 
@@ -121,7 +122,7 @@ def test_table_and_markdown_agree_with_the_figures(output, results):
 
 
 def test_an_interrupted_run_goes_on_and_a_finished_one_gives_way(results, tmp_path, capsys):
-    arguments = ["demo", "--methods", "sgd", "--seeds", "2", "--steps", str(STEPS), "--out", str(tmp_path)]
+    arguments = ["demo", "--methods", "sgd", "--full", "--out", str(tmp_path)]
     calls, measure = itertools.count(), measuring.measure_point
 
     def interrupted(*args):
@@ -147,6 +148,91 @@ def test_an_interrupted_run_goes_on_and_a_finished_one_gives_way(results, tmp_pa
     assert next(calls) == 4 * (2 * STEPS + 1) + 2
 
 
+def test_a_quick_run_is_not_published(output, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "RESULTS", tmp_path)
+    assert cli.main(["publish", "--out", str(output)]) == 2
+    assert "has a quick demo: `python -m benchmarks demo --full` makes" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_publish_copies_results_of_other_commands(tmp_path, monkeypatch):
+    out, results, page = tmp_path / "out", tmp_path / "results", tmp_path / "page.md"
+    out.mkdir(), results.mkdir()
+    for name in ("precision.json", "precision.png"):
+        shutil.copy(ROOT / "benchmarks" / "results" / name, out)
+    (out / "precision.md").write_text("")
+    page.write_text("<!-- precision-table --><!-- /precision-table -->\n")
+    monkeypatch.setattr(cli, "RESULTS", results)
+    monkeypatch.setattr(cli, "PAGES", (page,))
+    assert cli.main(["publish", "--out", str(out)]) == 0
+    assert {path.name for path in results.iterdir()} == {"precision.json", "precision.png"}
+    assert "| weights in | sigma 0.0001 |" in page.read_text()
+
+
+def test_no_command_writes_to_the_published_results_by_default():
+    for name in cli.MEASUREMENTS:
+        options = cli._load(name).Options
+        assert name == "demo" or options.out.parts[0] == "runs"
+
+
+def test_a_quick_run_and_a_full_one_lie_apart():
+    quick, full = demo.Options(), demo.Options(full=True)
+    assert quick.folder != full.folder
+    assert quick.folder.parts[0] == full.folder.parts[0] == "runs"
+    assert (quick.size, full.size) == (demo.QUICK, demo.FULL)
+    assert demo.Options(full=True, seeds=7, steps=9).size == demo.FULL._replace(seeds=7, steps=9)
+    published = json.loads((cli.RESULTS / "demo.json").read_text())["settings"]
+    assert tuple(published[name] for name in demo.Size._fields) == demo.FULL
+
+
+def test_a_pipe_gets_lines_with_the_step_and_the_time_left(tmp_path, capsys):
+    with short():
+        cli.main(["demo", "--methods", "sgd", "sam", "--full", "--out", str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] + "\n" == LOADING
+    assert re.fullmatch(r"2 trainings by each of 2 methods, .* about \d+ s left\.", lines[1])
+    told = [line for line in lines if line.startswith("[")]
+    assert told[0] == "[1/3] sgd: plain training with momentum"
+    assert re.fullmatch(r"\[1/3\] sgd: compiled in [\d.]+ s; about \d+ s left", told[1])
+    for place, line in zip(("1 of 2", "2 of 2"), told[2:4], strict=True):
+        figures = r"[\d.]+ % right, trace [-\d.e+]+, [\d.]+ s; about \d+ s left"
+        assert re.fullmatch(rf"\[1/3\] sgd: seed {place}, {figures}", line)
+    assert told[4].startswith("[2/3] sam")
+    assert told[-1].startswith("[3/3]")
+
+
+def test_the_time_left_follows_the_pace(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(report.time, "perf_counter", lambda: clock[0])
+    with report.expected_progress(Console(quiet=True)) as shown:
+        left = report.TimeLeft({"first": 30.0, "second": 60.0}, shown)
+        assert str(left) == "about 90 s"
+        left.advance(10.0)
+        clock[0] = 30.0  # three times as slow
+        assert left.seconds == pytest.approx(80 * (30 + 10) / (10 + 10))
+        left.finish("first")
+        clock[0] = 30.0 + report.PRIOR_SECONDS + 30.0
+        assert left.seconds == pytest.approx(60 * 2)
+        left.finish("second")
+        assert left.seconds == 0
+        assert str(left) == "about 5 s"
+
+
+def test_the_finding_compares_the_two():
+    results = {
+        "settings": {"methods": ["sgd", "nso"], "wrong_labels": 0.2},
+        "runs": [
+            {"method": "sgd", "test_accuracy": 0.8, "trace": 100.0},
+            {"method": "nso", "test_accuracy": 0.9, "trace": 25.0},
+        ],
+    }
+    told = demo.finding(results)
+    assert "with 20 % of the labels wrong, nso gets 90.0 % of the test digits right and sgd 80.0 %" in told
+    assert told.endswith("is 25.0 against 100.")
+    results["settings"]["methods"] = ["nso"]
+    assert demo.finding(results).startswith("means over the seeds")
+
+
 def test_a_run_that_had_done_nothing_gives_way(tmp_path):
     for seeds in (1, 2):
         Journal(tmp_path, {"seeds": seeds}, resume=False)
@@ -163,6 +249,7 @@ def test_publish_copies_to_the_results_and_the_pages(output, results, tmp_path, 
         f"<!-- {name}-table --><!-- /{name}-table -->\n" for name in ("precision", "precision-figures")
     )
     other.write_text(marks)
+    monkeypatch.setattr(demo, "FULL", FULL)
     assert cli.main(["publish", "--out", str(output)]) == 0
     assert json.loads((tmp_path / "demo.json").read_text()) == results
     assert (tmp_path / "demo-surface.png").read_bytes() == (output / "surface.png").read_bytes()
@@ -199,7 +286,7 @@ def test_mistakes_are_told_in_one_line(arguments, expected, tmp_path, monkeypatc
     (tmp_path / "a-file").write_text("mine")
     assert cli.main(arguments) == 2
     shown = capsys.readouterr()
-    assert shown.out == ""
+    assert shown.out in ("", LOADING)
     assert expected.lower() in shown.err.lower()
     assert shown.err.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["a-file"]
@@ -223,7 +310,7 @@ def test_wrong_options_are_told(arguments, expected, tmp_path, monkeypatch, caps
     with pytest.raises(SystemExit, match="2"):
         cli.main(arguments)
     shown = capsys.readouterr()
-    assert shown.out == ""
+    assert shown.out in ("", LOADING)
     assert expected in " ".join(re.sub("[\u2500-\u257f]", " ", shown.err).split())
     assert not list(tmp_path.iterdir())
 
@@ -233,8 +320,13 @@ def test_help_names_the_commands_and_imports_none(capsys, monkeypatch):
     assert cli.main(["--help"]) == 0
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= 80
-    for name, command in cli.COMMANDS.items():
-        assert re.search(f"^  {name} +{re.escape(command.help)}$", shown, re.MULTILINE)
+    measurements, maintenance = shown.split("\n\nfor maintainers:\n")
+    for name, command in cli.MEASUREMENTS.items():
+        assert re.search(
+            f"^  {name} +{command.minutes} min  {re.escape(command.help)}$", measurements, re.MULTILINE
+        )
+    for name, command in cli.MAINTENANCE.items():
+        assert re.search(f"^  {name} +{re.escape(command.help)}$", maintenance, re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
@@ -243,6 +335,7 @@ def test_help_of_a_command_explains_its_options(name, capsys):
         cli.main([name, "--help"])
     shown = capsys.readouterr().out
     assert f"python -m benchmarks {name} " in shown
+    assert (name in cli.MEASUREMENTS) == bool(re.search(r"Takes\s+about\s+(a|\d+)\s+minute", shown))
     assert not re.search(r"--[a-z-]+ \S+ +[(]default", shown)
 
 
@@ -265,7 +358,7 @@ def _fails_in_one_line(arguments, expected, folder):
         [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
-    assert done.stdout == ""
+    assert done.stdout in ("", LOADING)
     assert done.stderr.count("\n") == 1
     assert expected in done.stderr
     assert "Traceback" not in done.stderr
