@@ -40,7 +40,7 @@ MEASUREMENTS = {
     "communication": Command("bytes that devices exchange in a training step", 1, devices=8),
     "variance": Command("variance of the averaged gradient, at equal cost", 15, devices=8),
     "curvature": Command("how curved the loss of a saved network is", 1),
-    "curvature-peers": Command("curvature, beside PyHessian and curvlinops", 10),
+    "curvature-peers": Command("curvature, beside PyHessian and curvlinops", 5),
     "matrix-sensing": Command("the paper's problem: a matrix from few measurements", 10),
     "images": Command("methods compared in fine-tuning on few images", 45),
     "text": Command("methods compared in fine-tuning on sentences", 40),

@@ -249,6 +249,7 @@ def run(options: Options, progress: Progress) -> dict[str, Any]:
         if not all(journal.done(_title(name, seed)) for seed in range(size.seeds)):
             start = time.perf_counter()
             _compiled(name, task, options)
+            left.advance(METHODS[name].compiling)
             tell(f"{place}: compiled in {time.perf_counter() - start:.1f} s; {left} left")
         for seed in range(size.seeds):
             train = functools.partial(
