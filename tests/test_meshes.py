@@ -281,7 +281,8 @@ def assert_same(result, reference):
     (value, aux), grads = result
     assert aux["count"].dtype == jnp.int32
     for found, right in zip(jax.tree.leaves((value, aux, grads)), jax.tree.leaves(reference), strict=True):
-        scale = max(1e-3, float(np.abs(right).max(initial=0)))
+        # Terms of the order of 1 may cancel, so float32 leaves some 1e-7 of them.
+        scale = max(0.1, float(np.abs(right).max(initial=0)))
         np.testing.assert_allclose(found, right, rtol=0, atol=2e-5 * scale)
 
 
