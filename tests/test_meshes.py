@@ -314,7 +314,6 @@ cases = st.builds(
 # --- what is tried ------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @some
 @given(case=cases, map_by=st.sampled_from(["shard_map", "pmap", "vmap"]))
 def test_in_a_map_of_ones_own(case, map_by):
@@ -340,7 +339,6 @@ def test_in_a_map_of_ones_own(case, map_by):
     assert_same(result, expected(case))
 
 
-@pytest.mark.slow
 @some
 @given(case=cases, jitted=st.booleans())
 def test_on_a_mesh(case, jitted):
@@ -356,7 +354,6 @@ def test_on_a_mesh(case, jitted):
     assert_same(result, expected(case, folded=True))
 
 
-@pytest.mark.slow
 @some
 @given(case=cases, on_mesh=st.booleans())
 def test_uneven_masks_by_weight(case, on_mesh):
@@ -400,7 +397,6 @@ def masked_or_zero(params, batch, rng):
     return jnp.sum(batch.mask * squares(params, batch, rng)) / jnp.maximum(jnp.sum(batch.mask), 1)
 
 
-@pytest.mark.slow
 @some
 @given(
     case=cases, name=st.sampled_from(["sam", "usam", "asam"]), together=st.booleans(), on_mesh=st.booleans()
@@ -530,7 +526,6 @@ class Module(nnx.Module):
         return getattr(self, name)[...]
 
 
-@pytest.mark.slow
 @some
 @given(case=cases, kind=st.sampled_from(["equinox", "nnx in shard_map", "nnx on a mesh", "adapter"]))
 def test_other_forms(case, kind):

@@ -45,6 +45,7 @@ def tiny_steps(monkeypatch):
     monkeypatch.setattr(timing, "LEAST_SECONDS", 1e-3)
 
 
+@pytest.mark.slow
 def test_step_cost_reports_every_step_and_ratio(tiny_steps, tmp_path, capsys):
     results = run(tmp_path, "step-cost", "--repetitions", "2")
     assert set(results) == {"versions", "machine", "settings", "cases", "noise"}
@@ -81,6 +82,7 @@ def test_step_cost_of_noise_alone(tiny_steps, tmp_path):
     assert step_cost.rows(results) == []
 
 
+@pytest.mark.slow
 def test_every_step_trains(tiny_steps):
     """Each goes on from where it was: the loss of a batch that is repeated comes down."""
     case = steps.CASES["mlp-64"]
@@ -90,6 +92,7 @@ def test_every_step_trains(tiny_steps):
             assert losses[-1] < losses[0], name
 
 
+@pytest.mark.slow
 def test_memory_reports_what_the_compiler_says(tmp_path, monkeypatch):
     case = memory.Case("MLP", functools.partial(models.MLP, (64, 10)), (2, 64), jnp.float32)
     monkeypatch.setattr(memory, "CASES", {"mlp": case})

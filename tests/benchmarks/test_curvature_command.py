@@ -55,6 +55,7 @@ def results(output):
     return json.loads((output / "curvature.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_demo_saves_the_first_seed_of_a_method(trained):
     network, metadata = checkpoints.load(trained / "nso.safetensors")
     assert metadata == checkpoints.Metadata("ConvNet", "nso", 0, STEPS, num_train=40, wrong_labels=0.2)
@@ -66,11 +67,13 @@ def test_the_demo_saves_the_first_seed_of_a_method(trained):
     assert accuracy == pytest.approx(run["test_accuracy"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_all_files_are_written_and_nothing_else(output):
     assert {path.name for path in output.iterdir()} == {"curvature.json", "curvature.md", "curvature.png"}
     assert (output / "curvature.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_figures_are_those_of_the_training_loss(trained, results):
     run = json.loads((trained / "results.json").read_text())["runs"][0]
     assert results["loss"] == pytest.approx(run["train_loss"], rel=1e-5)
@@ -89,6 +92,7 @@ def test_figures_are_those_of_the_training_loss(trained, results):
     assert set(results["layers"]["blocks"]) == {"dense1.kernel", "dense2.kernel"}
 
 
+@pytest.mark.slow
 def test_noise_is_measured_around_the_suggested_sigma(results):
     noise = results["noise"]
     suggested = noise["suggested"]
@@ -99,6 +103,7 @@ def test_noise_is_measured_around_the_suggested_sigma(results):
     assert noise["num_evaluations"] == 1 + 2 * 4 * 9
 
 
+@pytest.mark.slow
 def test_the_bound_is_made_of_its_parts(trained, results):
     bound = results["bound"]
     product = bound["max_loss"] * bound["max_trace"] / bound["sample_size"]
@@ -111,6 +116,7 @@ def test_the_bound_is_made_of_its_parts(trained, results):
         assert distance == pytest.approx(float(np.linalg.norm(after[name] - before[name])), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_middle_of_the_surface_is_the_network(results):
     surface = results["surface"]
     assert np.shape(surface["losses"]) == (3, 3)
@@ -118,6 +124,7 @@ def test_the_middle_of_the_surface_is_the_network(results):
     assert surface["losses"][1][1] == pytest.approx(results["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_table_fits_into_80_columns(results, capsys):
     report.print_table(Console(width=80), command, results)
     shown = capsys.readouterr().out

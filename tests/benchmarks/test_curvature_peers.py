@@ -87,6 +87,7 @@ def check(results, num_rivals):
     return network
 
 
+@pytest.mark.slow
 def test_alone_it_measures_ours(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(steps, "torch_device", lambda: None)
     network = check(run(tmp_path), num_rivals=0)
@@ -96,6 +97,7 @@ def test_alone_it_measures_ours(tiny, tmp_path, monkeypatch, capsys):
     assert "other libraries: none" in " ".join(shown.split())
 
 
+@pytest.mark.slow
 def test_beside_the_rivals(tiny, tmp_path, one_thread):
     peers = pytest.importorskip("benchmarks.curvature_torch")
     if peers.PYHESSIAN is None or peers.CURVLINOPS is None:

@@ -37,6 +37,7 @@ def test_what_grows_is_a_loss(grown):
     assert soak.trials(FLAT._replace(**grown)).survived == 0
 
 
+@pytest.mark.slow
 def test_a_leak_is_seen(monkeypatch):
     """Of one array in each step."""
     kept, make = [], demo.make_task

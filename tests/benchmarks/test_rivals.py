@@ -47,6 +47,7 @@ def test_every_rival_is_timed_and_weighed(tmp_path, capsys):
         ]
 
 
+@pytest.mark.slow
 def test_every_rival_changes_the_gradient():
     """What is timed is no plain gradient under another name; BSAM gives an update."""
     problem, params = rivals._problem(models.MLP((784, 8, 10), rngs=nnx.Rngs(0)))

@@ -371,6 +371,7 @@ def test_mixup_mixes_images_as_it_does_labels(key):
     assert np.any((probabilities > 0) & (probabilities < 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cutout", "mixup"])
 def test_training_on_changed_images(name, few_strengths, tmp_path):
     arguments = ("--augment", name, "--methods", "input-gradient", "--seeds", "1", "--budget", "4")
@@ -394,6 +395,7 @@ def run(folder, *arguments):
     return json.loads((out / "robustness.json").read_text())
 
 
+@pytest.mark.slow
 def test_every_training_is_reported(few_strengths, tmp_path, capsys):
     methods = ("input-gradient", "input-hessian")
     results = run(tmp_path, "--methods", *methods, "--seeds", "2", "--budget", "10")
@@ -422,6 +424,7 @@ def test_every_training_is_reported(few_strengths, tmp_path, capsys):
         assert all(cell in shown for cell in row)
 
 
+@pytest.mark.slow
 def test_steps_may_be_equal_instead_of_time(few_strengths, tmp_path, capsys):
     arguments = ("--equal", "steps", "--budget", "3", "--methods", "input-hessian", "nso", "--seeds", "1")
     assert {figures["steps"] for figures in run(tmp_path, *arguments)["runs"]} == {3}
@@ -439,6 +442,7 @@ def test_what_was_trained_is_not_trained_again(few_strengths, tmp_path, capsys, 
     assert not again - lines
 
 
+@pytest.mark.slow
 def test_folders_and_urls_are_divided_and_trained_on(few_strengths, folder, tmp_path, capsys):
     for source, number in ((folder, 70), ("memory://elsewhere", 140)):
         write_images(source, train=number, test=4)

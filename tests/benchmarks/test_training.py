@@ -111,7 +111,12 @@ def conv_task():
     return Task(lambda seed: ConvNet(rngs=nnx.Rngs(seed)), functools.partial(data.batches, examples, 20), 100)
 
 
-@pytest.mark.parametrize("name", METHODS)
+# The quick run has one method of each kind of state and of step; what the others do in a step changes no resuming.
+KINDS = ("sgd", "swa", "bsam", "nso-micro", "seht")
+BY_KIND = [pytest.param(name, marks=() if name in KINDS else pytest.mark.slow) for name in METHODS]
+
+
+@pytest.mark.parametrize("name", BY_KIND)
 def test_a_resumed_training_ends_as_if_it_had_not_been_killed(name, task, tmp_path):
     _resumes_exactly(task, METHODS[name], tmp_path)
 

@@ -59,8 +59,18 @@ def two_leaves(params, matrix):
     return quadratic(jnp.concatenate([params["a"], params["b"]]), matrix)
 
 
-@pytest.mark.parametrize("spectrum", SPECTRA)
-@pytest.mark.parametrize("method", METHODS)
+def pairs(methods, quick):
+    """All methods with all spectra, of which the quick run has some."""
+    return [
+        pytest.param(*pair, marks=() if pair in quick else pytest.mark.slow)
+        for pair in itertools.product(methods, SPECTRA)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("method", "spectrum"),
+    pairs(METHODS, {("xtrace", "decaying"), ("hutch++", "outliers"), ("hutchinson", "negative")}),
+)
 def test_standard_error_is_true(method, spectrum):
     matrix, estimates = runs(method, spectrum)
     calibrated([run.value - np.trace(matrix) for run in estimates], [run.standard_error for run in estimates])
@@ -73,6 +83,7 @@ def test_standard_error_is_true(method, spectrum):
         assert sum(run.per_leaf.values()) == pytest.approx(run.value, rel=1e-9, abs=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spectrum", ["decaying", "negative", "outliers"])
 def test_deflation_pays(spectrum):
     """With the same products, root mean square errors over 200 seeds."""
@@ -253,8 +264,10 @@ def test_legacy_key():
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("spectrum", SPECTRA)
-@pytest.mark.parametrize("method", ["xdiag", "hutchinson"])
+@pytest.mark.parametrize(
+    ("method", "spectrum"),
+    pairs(["xdiag", "hutchinson"], {("xdiag", "decaying"), ("hutchinson", "outliers")}),
+)
 def test_diagonal_and_its_errors(method, spectrum):
     """The scores of a run's 100 entries are taken together."""
     matrix, params = symmetric(SPECTRA[spectrum]), {"a": jnp.ones((5, 8)), "b": jnp.ones(60)}
