@@ -454,7 +454,6 @@ def two_axes(case):
     return jax.make_mesh((case.devices, 2), (AXIS, "model"), axis_types=kinds, devices=devices)
 
 
-@pytest.mark.slow
 @some
 @given(
     case=cases.filter(lambda case: case.devices <= 4),
@@ -491,7 +490,6 @@ def test_params_split_over_a_model_axis(case, rival, ends):
     chex.assert_trees_all_close(found, (value, gradient), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
 @some
 @given(case=cases.filter(lambda case: case.devices <= 4))
 def test_params_sharded_by_the_compiler(case):
