@@ -121,7 +121,7 @@ def test_a_resumed_training_ends_as_if_it_had_not_been_killed(name, task, tmp_pa
     _resumes_exactly(task, METHODS[name], tmp_path)
 
 
-@pytest.mark.parametrize("name", ["swa", "nso-micro"])
+@pytest.mark.parametrize("name", ["swa", pytest.param("nso-micro", marks=pytest.mark.slow)])
 def test_so_does_one_with_statistics_and_dropout(name, tmp_path):
     _resumes_exactly(conv_task(), METHODS[name], tmp_path)
 
