@@ -315,13 +315,16 @@ cases = st.builds(
 
 
 @some
-@given(case=cases, map_by=st.sampled_from(["shard_map", "pmap", "vmap"]))
+@given(case=cases, map_by=st.sampled_from(["shard_map", "microbatch", "pmap", "vmap"]))
 def test_in_a_map_of_ones_own(case, map_by):
-    case = case._replace(parts=1)
-    fn = nso_jax.value_and_grad(
-        with_aux(case.loss), aux=AUX, axis_name=AXIS, independent_draws=case.independent, **case.options
-    )
-    if map_by == "shard_map":
+    """With `axis_name`; of a loss in microbatches the microbatches have it."""
+    case = case if map_by == "microbatch" else case._replace(parts=1)
+    axis = {"axis_name": AXIS, "independent_draws": case.independent}
+    options = case.options | {"aux": AUX} | ({} if map_by == "microbatch" else axis)
+    fn = nso_jax.value_and_grad(with_aux(case.loss), **options)
+    if map_by == "microbatch":
+        fn = parallel.microbatch(fn, case.parts, aux=AUX, **axis)
+    if map_by in ("shard_map", "microbatch"):
         result = in_shard_map(case, fn)
     else:
         axes = {"axis_name": AXIS, "in_axes": (None, None, 0, None)}
