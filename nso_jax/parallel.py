@@ -244,9 +244,10 @@ def value_and_grad(
         key = as_key(key)
         fixed, batch = select_batch(args, argnums, num_microbatches, num_devices)
         form, arrays = _taken_apart(fixed, kwargs, batch)
-        # Within a trace it is compiled with what is around it, and what `fun` closes over may belong there.
-        keep = form.is_hashable and not any(isinstance(x, jax.core.Tracer) for x in [key, *arrays.values()])
-        program = (kept_program if keep else new_program)(form)
+        # Within a trace it is compiled with what is around it, and what `fun` closes over may belong there. In
+        # one of jit new arrays are tracers.
+        traced = any(isinstance(x, jax.core.Tracer) for x in [jnp.zeros(()), key, *arrays.values()])
+        program = (kept_program if form.is_hashable and not traced else new_program)(form)
         return program(key, _resharded(arrays, mesh, axes, form.specs(axes)))
 
     return named_after(fun, value_and_grad_fn, "Value and gradient, averaged over the devices of a mesh,")

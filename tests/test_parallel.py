@@ -316,9 +316,11 @@ def test_one_function_in_two_traces(key):
         lambda params, batch: held["scale"] * loss(params, batch)[0], sigma=SIGMA, mesh=mesh_of(8)
     )
 
+    params, batch = make_params(), make_batch()
+
     def step(scale):
         held["scale"] = scale
-        return fn(key, make_params(), make_batch())[0]
+        return fn(key, params, batch)[0]
 
     one = jax.jit(step)(1.0)
     np.testing.assert_allclose(jax.jit(functools.partial(step))(2.0), 2 * one, rtol=1e-6)
