@@ -244,8 +244,8 @@ def value_and_grad(
         key = as_key(key)
         fixed, batch = select_batch(args, argnums, num_microbatches, num_devices)
         form, arrays = _taken_apart(fixed, kwargs, batch)
-        # Within a trace it is compiled with what is around it, and what `fun` closes over may belong there. In
-        # one of jit new arrays are tracers.
+        # Within a trace it is compiled with what is around it, and what `fun` closes over may belong there.
+        # (In that of jit new arrays are tracers.)
         traced = any(isinstance(x, jax.core.Tracer) for x in [jnp.zeros(()), key, *arrays.values()])
         program = (kept_program if form.is_hashable and not traced else new_program)(form)
         return program(key, _resharded(arrays, mesh, axes, form.specs(axes)))
