@@ -18,12 +18,15 @@ NOISE_REPETITIONS = 25
 
 # Every step with its label, under the library that makes it.
 LIBRARIES = {
-    "JAX and optax": {"plain": "plain", "sam": "SAM"},
+    "JAX and optax": {"plain": "plain", "plain-parts": "plain, in parts", "sam": "SAM"},
     "nso_jax": {
         "nso": "NSO",
         "nso-signs": "NSO, signs",
         "nso-k4": "NSO, k = 4",
         "nso-signs-k4": "NSO, signs, k = 4",
+        "one-sided": "one-sided",
+        "one-sided-signs": "one-sided, signs",
+        "one-sided-parts": "one-sided, in parts",
     },
     "PyTorch": {"torch-plain": "PyTorch: plain", "torch-sam": "PyTorch: SAM", "torch-nso": "PyTorch: NSO"},
 }
@@ -43,6 +46,9 @@ RATIOS = SHOWN | {
     "signs gradient / 2 gradients": Ratio("nso-signs-gradient", 2, "plain-gradient"),
     "signs, k=4 / 4 x k=1": Ratio("nso-signs-k4", 4, "nso-signs"),
     "signs / PyTorch NSO": Ratio("nso-signs", 1, "torch-nso"),
+    "one-sided / plain": Ratio("one-sided", 1, "plain"),
+    "one-sided, signs / plain": Ratio("one-sided-signs", 1, "plain"),
+    "one-sided / plain, both in parts": Ratio("one-sided-parts", 1, "plain-parts"),
 }
 HEADERS: tuple[str, ...] = ("case", "plain step (ms)", *SHOWN)
 
@@ -184,6 +190,8 @@ def _settings() -> dict[str, Any]:
         "momentum": steps.MOMENTUM,
         "sigma": steps.SIGMA,
         "rho": steps.RHO,
+        "relative_scale": steps.RELATIVE_SCALE,
+        "parts": steps.NUM_PARTS,
         "dropout": 0.0,
         "noise_weights": int(np.prod(steps.NOISE_SHAPE)),
         "torch": None,

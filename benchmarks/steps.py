@@ -16,9 +16,10 @@ import nso_jax
 from benchmarks.data import Examples
 from benchmarks.models import MLP, ConvNet, Transformer, pure_loss
 from benchmarks.timing import Call
-from nso_jax import noise
+from nso_jax import noise, parallel
 
 SIGMA, RHO, LEARNING_RATE, MOMENTUM = 0.01, 0.05, 1e-3, 0.9
+RELATIVE_SCALE, NUM_PARTS = 0.5, 4  # of one-sided noise in microbatches
 NOISE_SHAPE = (2000, 2000)
 
 Loss = Callable[[nnx.State, Examples], jax.Array]
@@ -149,6 +150,12 @@ def _gradients(loss: Loss) -> dict[str, Gradient]:
         "nso-signs": nso(sampler=noise.rademacher),
         "nso-k4": nso(num_samples=4),
         "nso-signs-k4": nso(num_samples=4, sampler=noise.rademacher),
+        "one-sided": nso(antithetic=False),
+        "one-sided-signs": nso(antithetic=False, sampler=noise.rademacher),
+        "plain-parts": parallel.microbatch(plain, NUM_PARTS),
+        "one-sided-parts": parallel.microbatch(
+            nso(sigma=noise.relative(RELATIVE_SCALE), antithetic=False), NUM_PARTS
+        ),
     }
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nso_jax._backend import for_each_weight, with_fast_bits
+from nso_jax._backend import computed_once, for_each_weight, with_fast_bits
 from nso_jax._callers import check_injected
 from nso_jax._checks import (
     PyTree,
@@ -408,7 +408,8 @@ def perturb(params: PyTree, noise: PyTree, sign: Any = 1) -> PyTree:
             return w
         moved = (widen(w) + jnp.asarray(sign, u.dtype) * u).astype(jnp.result_type(w))
         # Infinity minus itself is NaN, and what stays in range loses nothing.
-        return moved - jnp.where(jnp.isinf(moved) & jnp.isfinite(w), moved, 0)
+        moved -= jnp.where(jnp.isinf(moved) & jnp.isfinite(w), moved, 0)
+        return computed_once(moved, jnp.asarray(w))
 
     return jax.tree.map(add, noise, params, is_leaf=lambda u: u is None)
 
@@ -460,7 +461,9 @@ def _random_fields(key: jax.Array, shape: tuple[int, ...], width: int) -> jax.Ar
         lanes[axis] = math.gcd(shape[axis], free)
         free //= lanes[axis]
     split = [(size // lane, lane) for size, lane in zip(shape, lanes, strict=True)]
-    words = jax.random.bits(as_key(key), [n for size, _ in split for n in (size, 1)], jnp.uint32)
+    words = jax.random.bits(
+        with_fast_bits(as_key(key)), [n for size, _ in split for n in (size, 1)], jnp.uint32
+    )
     shifts, stride = jnp.uint32(0), width
     for axis, lane in enumerate(lanes):
         dims = [1] * words.ndim

@@ -55,8 +55,13 @@ def test_loops_agree_with_unrolled_steps(monkeypatch):
 
 def test_fast_bits_are_not_a_loop_over_arrays(key):
     """JAX's own are one on CPU, in which every array goes through memory in each of the twenty rounds."""
-    program = jax.jit(lambda key: noise.normal(key, (64, 64))).lower(key).compile().as_text()
-    assert " while(" not in program
+
+    def has_rounds_in_a_loop(sampler):
+        program = jax.jit(lambda key: sampler(key, (64, 64))).lower(key).compile().as_text()
+        return "known_trip_count" in program
+
+    assert not has_rounds_in_a_loop(noise.normal)
+    assert has_rounds_in_a_loop(jax.random.normal)
 
 
 def test_noise_is_drawn_once_for_both_sides_with_a_traced_sigma_too(key):
@@ -70,6 +75,51 @@ def test_noise_is_drawn_once_for_both_sides_with_a_traced_sigma_too(key):
         return jax.jit(step).lower(params, key, *sigma).compile().as_text().count(" xor(")
 
     assert rounds(jnp.float32(0.1)) == rounds() > 0
+
+
+@pytest.mark.parametrize("antithetic", [False, True])
+@pytest.mark.parametrize("sampler", [noise.normal, noise.rademacher])
+def test_what_is_broadcast_is_drawn_and_perturbed_once(sampler, antithetic, key, monkeypatch):
+    """Counted in the compiled program, where XLA would do it again for each entry of what it is added to."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    params = {"scale": jnp.ones(16), "bias": jnp.ones(16)}
+
+    def loss(params, x):
+        for _ in range(2):
+            x = x * params["scale"][None, None] + params["bias"][None, None]
+            x = jnp.maximum(x - x.mean(axis=(0, 1), keepdims=True), 0)
+        return jnp.mean(x**2)
+
+    def operations(fn, *args):
+        text = jax.jit(fn).lower(*args).compile().as_text()
+        return {name: text.count(f" {name}(") for name in ("xor", "is-finite", "log-plus-one")}
+
+    def draw(key, params):
+        return noise.perturbation(jax.random.split(key, 1)[0], params, 0.1, sampler=sampler)
+
+    step = nso_jax.value_and_grad(loss, sigma=0.1, sampler=sampler, antithetic=antithetic)
+    sides = 2 if antithetic else 1
+    draws = operations(draw, key, params)
+    assert draws["xor"] > 0
+    assert operations(step, key, params, jnp.ones((64, 8, 16))) == draws | {"is-finite": sides * len(params)}
+
+
+def test_what_is_computed_once_is_what_it_was(key, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    w = jnp.array([[jnp.inf, 1.0], [jnp.nan, -2.0]])
+
+    def double(w):
+        return _backend.computed_once(2 * w, w)
+
+    np.testing.assert_array_equal(double(w), 2 * w)
+    np.testing.assert_array_equal(jax.vmap(double)(w), 2 * w)
+    np.testing.assert_array_equal(jax.jit(jax.jacobian(double))(w[0]), 2 * jnp.eye(2))
+    np.testing.assert_array_equal(jax.hessian(lambda w: jnp.sum(double(w) ** 2))(w[1]), 8 * jnp.eye(2))
+    mesh = jax.make_mesh((2,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+    mapped = jax.shard_map(double, mesh=mesh, in_specs=jax.P("i"), out_specs=jax.P("i"))
+    np.testing.assert_array_equal(jax.jit(mapped)(w), 2 * w)
+    for x in (jnp.ones(2, jnp.bfloat16), jnp.ones((), jnp.complex64), jnp.ones((0, 3))):
+        assert _backend.computed_once(x, x).dtype == x.dtype
 
 
 def test_a_scale_for_each_weight_is_the_scale(key):
