@@ -609,7 +609,8 @@ def test_all_have_one_calling_form(name):
         quartic,
         **{"value_and_grad": {"sigma": 0.1}, "rsam": {"rho": 0.1, "sigma": 0.1}}.get(name, {"rho": 0.1}),
     )
-    assert list(inspect.signature(inner).parameters) == ["key", "args", "kwargs"]
+    assert list(inspect.signature(inner).parameters) == ["key", *inspect.signature(quartic).parameters]
+    assert inner.__name__ == "quartic"
 
 
 @pytest.mark.parametrize("method", [sharpness.sam, sharpness.asam, sharpness.usam])
