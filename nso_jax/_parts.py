@@ -49,9 +49,9 @@ def microbatch_options(
     }
 
 
-def batch_numbers(batch_argnums: int | Sequence[int]) -> tuple[int, ...]:
-    """The batch's argnums as a tuple."""
-    numbers = as_argnums("batch_argnums", batch_argnums)
+def batch_numbers(batch_argnums: int | Sequence[int], name: str = "batch_argnums") -> tuple[int, ...]:
+    """The numbers of arguments as a tuple."""
+    numbers = as_argnums(name, batch_argnums)
     return numbers if isinstance(numbers, tuple) else (numbers,)
 
 
@@ -70,6 +70,16 @@ def select_batch(
         batch,
     )
     return [None if i in batch else arg for i, arg in enumerate(args)], batch
+
+
+def check_whole(numbers: tuple[int, ...], batch: Batch, count: int) -> None:
+    """Raises ValueError if the batch has arguments, of so many, that are differentiated."""
+    for i in numbers:
+        if i % count in batch:
+            raise ValueError(
+                f"batch_argnums: argument {i} is differentiated, and its gradients would be averaged over "
+                "different examples; leave it out."
+            )
 
 
 def join(fixed: list[Any], batch: Batch) -> list[Any]:

@@ -19,6 +19,7 @@ from nso_jax._parts import (
     Batch,
     Weight,
     batch_numbers,
+    check_whole,
     join,
     mean_over_parts,
     microbatch_options,
@@ -135,6 +136,7 @@ def value_and_grad(
     def value_and_grad_fn(key: jax.Array, /, model: Any, *args: Any, **kwargs: Any) -> tuple[Any, nnx.State]:
         key = as_key(key)
         (_, *fixed), batch = select_batch((model, *args), argnums, 1)
+        check_whole((0,), batch, 1 + len(args))
         arguments = (model, fixed, kwargs)
         graphdef, selected, rest = split(arguments)
         if not selected:

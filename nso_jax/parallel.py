@@ -27,6 +27,7 @@ from nso_jax._parts import (
     Weight,
     batch_numbers,
     call_on_parts,
+    check_whole,
     fold_keys,
     microbatch_options,
     select_batch,
@@ -180,8 +181,8 @@ def value_and_grad(
 
     Raises:
       TypeError: as the method and `microbatch`, `mesh` is not a mesh, or `method` is that of `nso_jax.nnx`.
-      ValueError: as there, `axis_name` is not in the mesh, the devices do not divide the batch, or `weight`
-        is given with `global_ascent`.
+      ValueError: as there, `axis_name` is not in the mesh, the devices do not divide the batch, an argument
+        with examples is differentiated, or `weight` is given with `global_ascent`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -243,6 +244,7 @@ def value_and_grad(
     def value_and_grad_fn(key: jax.Array, /, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
         key = as_key(key)
         fixed, batch = select_batch(args, argnums, num_microbatches, num_devices)
+        check_whole(batch_numbers(options.get("argnums", 0), "argnums"), batch, len(args))
         form, arrays = _taken_apart(fixed, kwargs, batch)
         # Within a trace it is compiled with what is around it, and what `fun` closes over may belong there.
         # (In that of jit new arrays are tracers.)

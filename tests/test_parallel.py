@@ -686,6 +686,8 @@ def meshed(**options):
         (lambda k: micro(2, weight=lambda w, x: x)(k, W, X), ValueError, "weight: expected a scalar, got shape"),
         (lambda _: micro(2, aux="median"), ValueError, "aux: expected one of 'mean', 'sum', 'concatenate', .* got 'median'"),
         (lambda k: micro(2, aux="sum")(k, W, X), ValueError, "aux: not a prefix"),
+        (lambda k: meshed(batch_argnums=(0, 1))(k, {"w": jnp.ones(8)}, jnp.ones((8, 8))), ValueError, "batch_argnums: argument 0 is differentiated"),
+        (lambda k: meshed(argnums=(0, 1))(k, W, X[:8]), ValueError, "batch_argnums: argument 1 is differentiated"),
         (lambda _: meshed(method=nso_jax.nnx.value_and_grad), TypeError, r"method: NNX modules .* nso_jax.nnx.value_and_grad\(fun, ..., mesh=mesh\)"),
         (lambda _: meshed(method=functools.partial(nso_jax.nnx.value_and_grad, wrt=1)), TypeError, "method: NNX modules"),
         (lambda _: meshed(sigma=None, method=sharpness.sam, rho=1, global_ascent=True, weight=len), ValueError, "weight: with global_ascent"),
