@@ -55,7 +55,7 @@ def check_injected(*also_static: str) -> None:
     wrong = [name for name in parameters if name in names and name not in (*dynamic, "key")]
     if dynamic and wrong:
         static = tuple(name for name in parameters if name not in dynamic)
-        name, first = _unwrapped(factory).__name__, _dynamic(factory)[0]
+        name, first = unwrapped(factory).__name__, _dynamic(factory)[0]
         module = "nso_jax.sharpness" if name == "bsam" else "nso_jax"
         raise TypeError(
             f"{', '.join(wrong)}: optax.inject_hyperparams makes schedules of functions and arrays of "
@@ -85,15 +85,16 @@ def _injected() -> tuple[Callable[..., Any], Collection[str]] | None:
 
 def _dynamic(factory: Callable[..., Any]) -> tuple[str, ...]:
     """The arguments that may be injected; none for a function that is not ours, whose names are its own."""
-    function = _unwrapped(factory)
+    function = unwrapped(factory)
     ours = (getattr(function, "__module__", None) or "").startswith("nso_jax.")
     return _DYNAMIC.get(function.__name__, ()) if ours else ()
 
 
-def _unwrapped(factory: Any) -> Any:
-    while isinstance(factory, functools.partial):
-        factory = factory.func
-    return factory
+def unwrapped(function: Any) -> Any:
+    """The function that `functools.partial`, perhaps many times, has bound arguments of."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function
 
 
 def _callers() -> Iterator[FrameType]:

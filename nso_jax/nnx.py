@@ -13,6 +13,7 @@ except ImportError as error:
 
 from nso_jax import gradients, parallel
 from nso_jax._axes import AxisName
+from nso_jax._callers import unwrapped
 from nso_jax._calls import as_loss, named_after
 from nso_jax._checks import PyTree, as_key
 from nso_jax._parts import (
@@ -253,9 +254,7 @@ def _check_arguments(
 ) -> None:
     if "argnums" in options:
         raise TypeError("argnums: the model is the first argument; choose its variables with wrt.")
-    while isinstance(method, functools.partial):
-        method = method.func
-    if method is parallel.value_and_grad:
+    if unwrapped(method) is parallel.value_and_grad:
         raise TypeError(
             "method: nso_jax.parallel.value_and_grad would not see which arguments carry examples; give mesh "
             "to nso_jax.nnx.value_and_grad instead."

@@ -11,6 +11,7 @@ import numpy as np
 
 from nso_jax import gradients, noise
 from nso_jax._axes import AxisName, check_axes
+from nso_jax._callers import unwrapped
 from nso_jax._calls import named_after
 from nso_jax._checks import (
     PyTree,
@@ -344,9 +345,7 @@ def _from_first(tree: PyTree, axis_name: AxisName, modes: PyTree) -> PyTree:
 
 def _check_method(method: Any, weight: Any, options: dict[str, Any]) -> None:
     check_function("method", method)
-    while isinstance(method, functools.partial):
-        method = method.func
-    if getattr(method, "__module__", "") == "nso_jax.nnx":
+    if getattr(unwrapped(method), "__module__", "") == "nso_jax.nnx":
         raise TypeError(
             "method: NNX modules have state of their own, which this would lose; call "
             "nso_jax.nnx.value_and_grad(fun, ..., mesh=mesh) instead."
