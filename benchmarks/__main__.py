@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import table
-from benchmarks.files import RESULTS, ROOT, UserError, output_folder, read_file, write_files, write_into
+from benchmarks.kit import tables
+from benchmarks.kit.files import RESULTS, ROOT, UserError, output_folder, read_file, write_files, write_into
 
 
 class Command(NamedTuple):
@@ -56,6 +56,16 @@ MAINTENANCE = {
     "tables": Command("writes the tables of benchmarks/results to README.md and docs", 0),
 }
 COMMANDS = MEASUREMENTS | MAINTENANCE
+MODULES = {
+    "step-cost": "benchmarks.cost.step_cost",
+    "memory": "benchmarks.cost.memory",
+    "communication": "benchmarks.cost.communication",
+    "rivals": "benchmarks.cost.rivals",
+    "curvature": "benchmarks.curvature.saved_network",
+    "curvature-peers": "benchmarks.curvature.peers",
+    "reliability": "tests.reliability.reliability",
+}
+MODULES = {name: f"benchmarks.quality.{name.replace('-', '_')}" for name in MEASUREMENTS} | MODULES
 PUBLISHED = {
     "results.json": "demo.json",
     "training.png": "demo-training.png",
@@ -70,20 +80,20 @@ TABLES = {
     "ablate": "ablate",
     "communication": "communication",
     "curvature": "curvature",
-    "curvature-peers": "curvature_peers",
+    "curvature-peers": "curvature-peers",
     "demo": "demo",
     "images-cifar10": "images",
     "images-digits": "images",
     "images-mnist": "images",
     "images-mnist-scratch": "images",
-    "matrix-sensing": "matrix_sensing",
+    "matrix-sensing": "matrix-sensing",
     "memory": "memory",
     "precision": "precision",
     "reliability": "reliability",
     "rivals": "rivals",
     "robustness": "robustness",
     "robustness-equal-steps": "robustness",
-    "step-cost": "step_cost",
+    "step-cost": "step-cost",
     "text-sst2": "text",
     "variance": "variance",
 }
@@ -163,12 +173,12 @@ def _measure(name: str, module: Any, options: Any) -> None:
         if name == "demo":
             files = module.demo(options)
         else:
-            from benchmarks import report  # noqa: PLC0415
+            from benchmarks.kit import report  # noqa: PLC0415
 
             files = report.measure(module, name, options)
         write_into(folder, files)
         if hasattr(options, "work"):
-            from benchmarks import journal  # noqa: PLC0415
+            from benchmarks.kit import journal  # noqa: PLC0415
 
             journal.finish(options.work)
     print(f"{folder}: {', '.join(files)}")
@@ -181,7 +191,7 @@ def _load(name: str) -> Any:
     flag, flags = "--xla_force_host_platform_device_count", os.environ.get("XLA_FLAGS", "")
     if (devices := COMMANDS[name].devices) and flag not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {flag}={devices}".strip()
-    return importlib.import_module(f"benchmarks.{name.replace('-', '_')}")
+    return importlib.import_module(MODULES[name])
 
 
 def _publish(out: Path = Path("runs/demo-full")) -> None:
@@ -202,7 +212,7 @@ def _publish(out: Path = Path("runs/demo-full")) -> None:
 
 
 def _check_full(out: Path, results: dict[str, Any]) -> None:
-    from benchmarks import demo  # noqa: PLC0415
+    from benchmarks.quality import demo  # noqa: PLC0415
 
     size = tuple(results["settings"][name] for name in demo.Size._fields)
     if size != demo.FULL:
@@ -220,12 +230,12 @@ def _pictures(names: tuple[str, ...] = DRAWN) -> None:
     Args:
         names: Of the figures; all but the demo's by default, whose pictures `publish` copies.
     """
-    from benchmarks import report  # noqa: PLC0415
+    from benchmarks.kit import report  # noqa: PLC0415
 
     for name in names:
         if name not in TABLES:
             raise UserError(f"argument --names {name}: expected some of {', '.join(TABLES)}")
-        module = importlib.import_module(f"benchmarks.{TABLES[name]}")
+        module = importlib.import_module(MODULES[TABLES[name]])
         drawn = report.pictures(module, name, json.loads(read_file(RESULTS / f"{name}.json")))
         write_files({RESULTS / file: picture for file, picture in drawn.items()})
 
@@ -242,8 +252,8 @@ def _pages_with(fresh: dict[str, bytes]) -> dict[Path, bytes | str]:
     pages: dict[Path, bytes | str] = {}
     for page in PAGES:
         text = read_file(page).decode()
-        for name in table.marked(text):
-            text = table.replace_in(text, f"{name}-table", _markdown(name, results))
+        for name in tables.marked(text):
+            text = tables.replace_in(text, f"{name}-table", _markdown(name, results))
         pages[page] = text
     return pages
 
@@ -251,16 +261,16 @@ def _pages_with(fresh: dict[str, bytes]) -> dict[Path, bytes | str]:
 def _markdown(name: str, results: Callable[[str], dict[str, Any]]) -> str:
     """The table of a mark's name."""
     if name == "summary":
-        from benchmarks import summary  # noqa: PLC0415
+        from benchmarks.quality import summary  # noqa: PLC0415
 
         return summary.markdown({task: results(task) for task in summary.TASKS})
     of = name.removesuffix("-figures")
     if of not in TABLES:
         raise UserError(f"<!-- {name}-table -->: expected one of {', '.join(TABLES)}")
-    tabular = importlib.import_module(f"benchmarks.{TABLES[of]}")
+    tabular = importlib.import_module(MODULES[TABLES[of]])
     # Some have another table for readers than the one of all figures.
     shorter = None if of != name else getattr(tabular, "markdown", None)
-    return (shorter or functools.partial(table.markdown, tabular))(results(of))
+    return (shorter or functools.partial(tables.markdown, tabular))(results(of))
 
 
 def _missing_package(error: ImportError) -> Exception:

@@ -10,14 +10,14 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from benchmarks import __main__ as cli
-from benchmarks import plots, report
-from benchmarks.files import RESULTS
+from benchmarks.kit import plots, report
+from benchmarks.kit.files import RESULTS
 
 SUFFIXES = {"ablate": ("-forms",), "variance": ("-accuracy",)}
 
 
 def drawn(name):
-    module = cli.importlib.import_module(f"benchmarks.{cli.TABLES[name]}")
+    module = cli.importlib.import_module(cli.MODULES[cli.TABLES[name]])
     return report.pictures(module, name, json.loads((RESULTS / f"{name}.json").read_text()))
 
 

@@ -1,0 +1,39 @@
+"""`precision` from the command line to the files, and the figures that the README tells."""
+
+import json
+
+import pytest
+
+from benchmarks import __main__ as cli
+from benchmarks.quality import precision
+
+
+@pytest.fixture(autouse=True)
+def strict():
+    """Instead of the fixture for the library's own tests: SciPy's figures are NumPy floats."""
+
+
+def test_the_documented_shares_of_weights_that_do_not_move():
+    shares = precision.still()
+    assert shares["bfloat16"]["0.0001"] == pytest.approx(0.6, abs=5e-4)
+    assert shares["bfloat16"]["0.001"] == pytest.approx(0.09, abs=5e-4)
+    assert max(shares["float32"].values()) < 1e-4
+
+
+@pytest.mark.slow
+def test_the_command_measures_every_mode_and_sigma(tmp_path):
+    words = ["--seeds", "1", "--steps", "30", "--draws", "4", "--out", str(tmp_path)]
+    assert cli.main(["precision", *words]) == 0
+    results = json.loads((tmp_path / "precision.json").read_text())
+    records = results["records"]
+    assert (
+        len(records) == len(precision.rows(results)) == len(precision.MODES) * len(precision.TRAINED_SIGMAS)
+    )
+    for record in records:
+        assert record["error"] < (3 if "bfloat16" in record["mode"] else 0.3)
+        if record["sigma"]:
+            still = record["sigma"] == 1e-3 and "16" in record["mode"]
+            assert (record["still"] > 1) == still
+    assert all(record["error"] < 1e-2 for record in records if record["mode"] == "float32")
+    assert "| bfloat16 | 60.0 % | 9.0 % |" in precision.markdown(results)
+    assert (tmp_path / "precision.png").read_bytes().startswith(b"\x89PNG")

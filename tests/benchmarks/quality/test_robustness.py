@@ -1,0 +1,518 @@
+"""`python -m benchmarks robustness` on digits and on small Parquet files, and the attacks it uses."""
+
+import functools
+import io
+import json
+
+import fsspec
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from flax import nnx
+from PIL import Image
+from rich.console import Console
+
+from benchmarks import __main__ as cli
+from benchmarks.kit import report, tables
+from benchmarks.kit.files import RESULTS
+from benchmarks.kit.journal import Journal
+from benchmarks.quality import robustness
+from benchmarks.quality.robustness import METHODS
+from benchmarks.tasks import attacks, augmentation, data, models
+from benchmarks.training import loop, methods
+from benchmarks.training.loop import Settings
+from nso_jax import penalties
+
+TINY = ("--pgd-steps", "2", "--starts", "1", "--test-images", "30", "--validation-images", "20")
+
+
+@pytest.fixture(autouse=True)
+def strict():
+    """Instead of the fixture for the library's own tests: optax's schedules need standard promotion."""
+
+
+def write_images(folder, **numbers):
+    """A Parquet file of noise, of three classes, for each split."""
+    rng = np.random.default_rng(0)
+    with fsspec.open_files([f"{folder}/{split}.parquet" for split in numbers], "wb") as files:
+        for file, number in zip(files, numbers.values(), strict=True):
+            images = [io.BytesIO() for _ in range(number)]
+            for image in images:
+                Image.fromarray(rng.integers(0, 256, (6, 5), np.uint8)).save(image, format="PNG")
+            content = [image.getvalue() for image in images]
+            pq.write_table(pa.table({"img": content, "label": [i % 3 for i in range(number)]}), file)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    write_images(folder, train=8, test=4)
+    return folder
+
+
+RADIUS = 0.1
+
+
+class Linear:
+    """A linear softmax classifier in NumPy, with the gradient in closed form, and its attacks."""
+
+    def __init__(self):
+        rng = np.random.default_rng(0)
+        self.weights = rng.standard_normal((12, 4)).astype(np.float32)
+        self.images = rng.random((40, 3, 4, 1), np.float32)
+        self.labels = np.argmax(self.logits(self.images), axis=1).astype(np.int32)
+
+    def logits(self, images):
+        return images.reshape(len(images), -1) @ self.weights
+
+    def gradient(self, images):
+        logits = self.logits(images)
+        odds = np.exp(logits - logits.max(axis=1, keepdims=True))
+        errors = odds / odds.sum(axis=1, keepdims=True) - np.eye(4)[self.labels]
+        return (errors @ self.weights.T).reshape(images.shape)
+
+    def pgd(self, start, step_size, num_steps):
+        attacked = np.array(start)
+        for _ in range(num_steps):
+            attacked = attacked + step_size * np.sign(self.gradient(attacked))
+            offset = np.clip(attacked - self.images, -RADIUS, RADIUS)
+            attacked = np.clip(self.images + offset, 0, 1)
+        return attacked
+
+    def loss(self, images, labels):
+        logits = images.reshape(len(images), -1) @ self.weights
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+    def margin(self, images, labels):
+        logits = images.reshape(len(images), -1) @ self.weights
+        right = jax.nn.one_hot(labels, 4, dtype=bool)
+        return jnp.where(right, -jnp.inf, logits).max(1) - jnp.where(right, logits, -jnp.inf).max(1)
+
+    def accuracy(self, images):
+        return np.mean(np.argmax(self.logits(images), axis=1) == self.labels)
+
+
+@pytest.fixture(scope="module")
+def linear():
+    return Linear()
+
+
+def test_fgsm_is_one_step_along_the_closed_form_gradient(linear):
+    attacked = attacks.fgsm(linear.loss, linear.images, linear.labels, RADIUS)
+    np.testing.assert_allclose(attacked, linear.pgd(linear.images, RADIUS, 1), atol=1e-6)
+
+
+def test_pgd_follows_the_closed_form_gradient(linear, key):
+    attacked = attacks.pgd(key, linear.loss, linear.images, linear.labels, RADIUS, 0.03, 6, num_starts=0)
+    np.testing.assert_allclose(attacked, linear.pgd(linear.images, 0.03, 6), atol=1e-5)
+
+
+def test_the_default_step_crosses_the_ball(linear, key):
+    pgd = functools.partial(attacks.pgd, key, linear.loss, linear.images, linear.labels, RADIUS)
+    np.testing.assert_array_equal(pgd(num_steps=5), pgd(num_steps=5, step_size=2.5 * RADIUS / 5))
+
+
+def test_one_step_from_the_images_is_fgsm(linear, key):
+    one = attacks.pgd(key, linear.loss, linear.images, linear.labels, RADIUS, RADIUS, 1, num_starts=0)
+    np.testing.assert_array_equal(one, attacks.fgsm(linear.loss, linear.images, linear.labels, RADIUS))
+
+
+@pytest.mark.parametrize("num_steps", [0, 1, 7])
+def test_attacks_stay_in_the_ball_and_the_cube(num_steps, linear, key):
+    pgd = functools.partial(attacks.pgd, key, linear.loss, linear.images, linear.labels, RADIUS)
+    attacked = np.asarray(pgd(step_size=0.07, num_steps=num_steps))
+    assert np.abs(attacked - linear.images).max() <= RADIUS + 1e-6
+    assert attacked.min() >= 0
+    assert attacked.max() <= 1
+    assert np.any(attacked != linear.images)
+
+
+def test_starts_are_uniform_in_the_ball(key):
+    images = jnp.full((50, 8, 8, 1), 0.5)
+    start = attacks.pgd(key, lambda x, _: x.sum((1, 2, 3)), images, jnp.zeros(50), RADIUS, 0.0, 0, 1)
+    offsets = np.asarray(start - images).ravel()
+    np.testing.assert_allclose([offsets.min(), offsets.max()], [-RADIUS, RADIUS], rtol=0.01)
+    assert offsets.std() == pytest.approx(RADIUS / 3**0.5, rel=0.05)
+
+
+@pytest.mark.parametrize("score", ["loss", "margin"])
+def test_of_each_example_the_start_with_the_largest_score_is_kept(score, linear, key):
+    score = getattr(linear, score)
+    pgd = functools.partial(
+        attacks.pgd, key, linear.loss, linear.images, linear.labels, RADIUS, 0.02, 1, score=score
+    )
+    scores = [score(pgd(num_starts=number), linear.labels) for number in range(1, 6)]
+    assert np.all(np.diff(scores, axis=0) >= 0)
+    assert np.any(scores[-1] > scores[0])
+
+
+def test_more_starts_never_raise_the_accuracy(linear, key):
+    pgd = functools.partial(
+        attacks.pgd, key, linear.loss, linear.images, linear.labels, RADIUS, 0.02, 1, score=linear.margin
+    )
+    accuracies = [linear.accuracy(np.asarray(pgd(num_starts=number))) for number in range(1, 8)]
+    assert accuracies == sorted(accuracies, reverse=True)
+    assert accuracies[-1] < accuracies[0] < 1
+
+
+def test_params_are_an_argument_of_what_is_compiled(key):
+    traces = []
+
+    def loss(scale, images, labels):
+        traces.append(1)
+        return scale * images.sum((1, 2, 3)) + labels
+
+    images, labels = jnp.full((3, 2, 2, 1), 0.5), jnp.zeros(3)
+    for scale, expected in ((1.0, 0.6), (-1.0, 0.4)):
+        partial = jax.tree_util.Partial(loss, jnp.float32(scale))
+        attacked = attacks.pgd(key, partial, images, labels, RADIUS, num_steps=8)
+        np.testing.assert_allclose(attacked, expected, rtol=1e-6)
+    assert len(traces) == 1 + 2  # to ascend, and to score two starts
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 1), (5, 7, 3)])
+def test_network_takes_any_shape_and_examples_do_not_mix(shape):
+    model = models.StridedConvNet(shape, 4, rngs=nnx.Rngs(0))
+    images = jax.random.uniform(jax.random.key(0), (3, *shape))
+    logits = nnx.jit(model)(images)
+    assert logits.shape == (3, 4)
+    np.testing.assert_allclose(nnx.jit(model)(images[1:2])[0], logits[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def problem():
+    """A hundred digits."""
+    return robustness._problems(robustness.Options(train_images=100))[0]
+
+
+def test_margin_is_positive_where_the_network_is_wrong(problem):
+    model, examples = problem.task.model(3), problem.train
+    logits = np.asarray(model(examples.inputs))
+    margins = robustness._margins(model, *examples)
+    wrong = np.argmax(logits, axis=1) != examples.labels
+    np.testing.assert_array_equal(margins > 0, wrong)
+    rivals = logits.copy()
+    rivals[np.arange(100), examples.labels] = -np.inf
+    expected = rivals.max(axis=1) - logits[np.arange(100), examples.labels]
+    np.testing.assert_allclose(margins, expected, rtol=1e-4, atol=1e-5)
+
+
+PENALTIES = {
+    "input-gradient": lambda _, losses, images: penalties.input_gradient(losses, images).mean(),
+    "input-hessian": lambda key, losses, images: penalties.input_hessian_norm(key, losses, images).mean(),
+}
+
+
+def by_hand(task, penalty, strength, *, every, num_steps):
+    """Adam on the loss, and in every step whose number `every` divides on as many penalties."""
+    optimizer = optax.adam(optax.cosine_decay_schedule(1e-3, num_steps))
+    graphdef, params = nnx.split(task.model(1))
+    state, batches = optimizer.init(params), task.batches(1, 0)
+
+    @jax.jit
+    def grads(params, batch, key, factor):
+        def total(params):
+            def losses(images):
+                logits = nnx.merge(graphdef, params)(images)
+                return optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
+
+            return losses(batch.inputs).mean() + factor * penalty(key, losses, batch.inputs)
+
+        return jax.grad(total)(params)
+
+    for i in range(num_steps):
+        factor = every * strength if i % every == 0 else 0.0
+        key = jax.random.fold_in(jax.random.key(1), i)
+        updates, state = optimizer.update(grads(params, next(batches), key, factor), state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+def lazy(name, every):
+    return methods.lazy(METHODS[name], every)._replace(gradients_per_step=1)
+
+
+@pytest.mark.parametrize(("name", "every"), [("input-gradient", 1), ("input-hessian", 3)])
+def test_a_penalty_is_in_every_nth_step(name, every, problem):
+    trained = loop.train(problem.task, lazy(name, every), Settings(7, 1e-3, strength=0.5, seed=1))
+    expected = by_hand(problem.task, PENALTIES[name], 0.5, every=every, num_steps=7)
+    near = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5)
+    jax.tree.map(near, nnx.state(trained.model), expected)
+
+
+class KilledError(Exception):
+    """As if the process had died."""
+
+
+def test_a_resumed_training_knows_which_steps_have_the_penalty(problem, tmp_path):
+    settings = Settings(7, 1e-3, strength=0.5, num_points=3)  # after 2, 5 and 7 steps
+    train = functools.partial(loop.train, problem.task, lazy("input-gradient", 3), settings)
+    trained, done = [train()], []
+
+    def go_on(advance, *, resume):
+        journal = Journal(tmp_path, {}, resume=resume, pause=0)
+
+        def compute():
+            trained.append(train(journal=journal, advance=advance))
+            return {}
+
+        journal.once("x", compute)
+
+    def killed(count):
+        done.append(count)
+        if len(done) == 4:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        go_on(killed, resume=False)
+    go_on(done.append, resume=True)
+    assert done == [1, 1, 1, 1, 2, 1, 1, 1, 1, 1]
+    whole, resumed = (nnx.state(one.model) for one in trained)
+    jax.tree.map(np.testing.assert_array_equal, resumed, whole)
+
+
+def test_without_strength_all_train_plainly(problem):
+    trained = {
+        name: loop.train(problem.task, METHODS[name]._replace(gradients_per_step=1), Settings(4, 1e-3))
+        for name in ("plain", "nso", "hessian-trace")
+    }
+    for other in trained.values():
+        near = functools.partial(np.testing.assert_allclose, atol=1e-5)
+        jax.tree.map(near, nnx.state(other.model), nnx.state(trained["plain"].model))
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_budgets_are_equal(every):
+    options = robustness.Options(methods=tuple(METHODS)[1:], penalty_every=every)
+    costs = {name: method.gradients_per_step for name, method in robustness._methods(options).items()}
+    for name, method in robustness._methods(options).items():
+        assert 1000 - costs[name] < loop.num_steps(method, 1000) * costs[name] <= 1000
+    assert costs["input-hessian"] == 1 + (METHODS["input-hessian"].gradients_per_step - 1) / every
+    assert costs["nso"] == METHODS["nso"].gradients_per_step
+
+
+def made_up(method, strength, clean, pgd):
+    """Runs with such accuracies of the seeds, in percent, the same in validation and test."""
+    figures = [{"clean": c / 100, "fgsm": 0.5, "pgd": p / 100} for c, p in zip(clean, pgd, strict=True)]
+    return [
+        {"data": "x", "method": method, "strength": strength, "seed": i, "validation": of, "test": of}
+        for i, of in enumerate(figures)
+    ]
+
+
+def test_strengths_are_chosen_by_pgd_where_clean_accuracy_is_kept():
+    runs = [
+        *made_up("plain", 0.0, [97, 99], [10, 20]),
+        *made_up("nso", 0.1, [98, 98], [15, 15]),
+        *made_up("nso", 0.2, [96, 98], [30, 10]),  # a point less on average, which is tolerated
+        *made_up("nso", 0.3, [96, 97.9], [90, 90]),
+        *made_up("input-gradient", 1.0, [90, 90], [90, 90]),
+    ]
+    assert robustness.choose(runs) == {"plain": 0.0, "nso": 0.2, "input-gradient": None}
+
+
+def test_pairs_are_matched_in_clean_accuracy():
+    runs = [
+        *made_up("input-hessian", 0.1, [97.0, 98.0], [50, 52]),
+        *made_up("input-hessian", 0.3, [95.0, 95.0], [70, 70]),
+        *made_up("input-gradient", 1.0, [97.1, 98.1], [40, 40]),  # .1 points more
+        *made_up("input-gradient", 2.0, [98.1, 97.5], [55, 51]),  # .3 points more, and better than 1.0
+        *made_up("input-gradient", 3.0, [95.4, 95.4], [65, 65]),
+    ]
+    worth_taking, other = robustness.match(runs)
+    assert worth_taking["strengths"] == {"input-hessian": 0.1, "input-gradient": 2.0}
+    assert worth_taking["clean_difference"] == pytest.approx(-0.003)
+    assert worth_taking["pgd_difference"] == pytest.approx(-0.02)
+    assert worth_taking["pgd_difference_by_seed"] == pytest.approx([-0.05, 0.01])
+    assert other["strengths"] == {"input-hessian": 0.1, "input-gradient": 1.0}
+    assert [pair["worth_taking"] for pair in (worth_taking, other)] == [True, False]
+    assert robustness.match(runs[:4]) == []
+
+
+def test_the_claim_is_said_in_the_caption():
+    pair = {
+        "strengths": {"input-hessian": 0.1, "input-gradient": 3.0},
+        "pgd_difference_by_seed": [0.01, 0.014],
+    }
+    results = {
+        "settings": {"matched_within": 0.003, "methods": dict.fromkeys(robustness.RIVALS)},
+        "claim": {"x": [pair | {"worth_taking": True}, pair | {"worth_taking": False}], "y": []},
+    }
+    told = robustness._claims(results)
+    assert "input-hessian and input-gradient whose clean test accuracies differ by at most 0.3 points" in told
+    assert told.endswith(": x, 0.1 and 3 by 1.2 ± 0.3. y, none. ")
+
+
+# --- augmentation -------------------------------------------------------------------------------------
+
+
+def test_cutout_blackens_a_square_of_each_image(key):
+    examples = data.Examples(jnp.ones((500, 8, 6, 3)), jnp.arange(500))
+    images, labels = augmentation.named("cutout", 10)(key, 0, examples)
+    np.testing.assert_array_equal(labels, examples.labels)
+    black = np.asarray(images[..., 0] == 0)
+    assert np.all((images == 0) == black[..., None])
+    rows, columns = black.any(2), black.any(1)
+    np.testing.assert_array_equal(black, rows[:, :, None] & columns[:, None])  # each is a rectangle
+    assert set(rows.sum(1)) <= {1, 2, 3}  # of side 3, or less at the border
+    assert {3} < set(columns.sum(1)) <= {1, 2, 3}
+    share, error = rows.mean(0)[2:-2], 5 * (3 / 8 * 5 / 8 / 500) ** 0.5
+    assert np.all(abs(share - 3 / 8) < error)  # centres are uniform
+
+
+def test_mixup_mixes_images_as_it_does_labels(key):
+    labels = jnp.arange(6) % 3
+    images = jax.nn.one_hot(labels, 3).reshape(6, 1, 1, 3)
+    mixed, probabilities = augmentation.named("mixup", 3)(key, 0, data.Examples(images, labels))
+    np.testing.assert_allclose(mixed.reshape(6, 3), probabilities, rtol=1e-6)
+    np.testing.assert_allclose(probabilities.sum(1), 1, rtol=1e-6)
+    assert np.any((probabilities > 0) & (probabilities < 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cutout", "mixup"])
+def test_training_on_changed_images(name, few_strengths, tmp_path):
+    arguments = ("--augment", name, "--methods", "input-gradient", "--seeds", "1", "--budget", "4")
+    assert run(tmp_path, *arguments)["settings"]["augment"] == name
+
+
+@pytest.fixture
+def few_strengths(monkeypatch):
+    few = {name: method._replace(strengths=method.strengths[:2]) for name, method in METHODS.items()}
+    monkeypatch.setattr(robustness, "METHODS", few)
+    monkeypatch.setattr(robustness, "COST_REPETITIONS", 1)
+    monkeypatch.setattr(robustness.timing, "LEAST_SECONDS", 0.0)
+
+
+def run(folder, *arguments):
+    """A command's results, after checks of its files."""
+    out, work = folder / "out", folder / "work"
+    assert cli.main(["robustness", *TINY, *arguments, "--out", str(out), "--work", str(work)]) == 0
+    assert {path.name for path in out.iterdir()} == {f"robustness.{kind}" for kind in ("json", "md", "png")}
+    assert (out / "robustness.png").read_bytes().startswith(b"\x89PNG")
+    return json.loads((out / "robustness.json").read_text())
+
+
+@pytest.mark.slow
+def test_every_training_is_reported(few_strengths, tmp_path, capsys):
+    methods = ("input-gradient", "input-hessian")
+    results = run(tmp_path, "--methods", *methods, "--seeds", "2", "--budget", "10")
+    counts = {"train": 600, "validation": 20, "test": 30}
+    assert results["settings"]["data"] == {"digits": {"shape": [8, 8, 1], **counts}}
+    done = [(run["method"], run["strength"], run["seed"]) for run in results["runs"]]
+    assert done == [
+        (name, strength, seed)
+        for name in ("plain", *methods)
+        for strength in METHODS[name].strengths[:2]
+        for seed in range(2)
+    ]
+    for figures in results["runs"]:
+        assert figures["steps"] == loop.num_steps(METHODS[figures["method"]], 10)
+        assert figures["test"]["clean"] >= figures["test"]["pgd"]
+        assert figures["validation"].keys() == {"clean", "pgd"}
+    assert results["costs"]["digits"]["plain"]["median"] == 1
+    assert results["costs"]["digits"].keys() == {"plain", *methods}
+    assert results["chosen"] == {"digits": robustness.choose(results["runs"])}
+    claim = tables.rounded(robustness.match(results["runs"]))
+    assert results["claim"] == {"digits": claim}
+    shown = capsys.readouterr().out
+    assert shown.count("PGD") > len(done)
+    for row in robustness.rows(results):
+        assert len(row) == len(robustness.HEADERS)
+        assert all(cell in shown for cell in row)
+
+
+@pytest.mark.slow
+def test_steps_may_be_equal_instead_of_time(few_strengths, tmp_path, capsys):
+    arguments = ("--equal", "steps", "--budget", "3", "--methods", "input-hessian", "nso", "--seeds", "1")
+    assert {figures["steps"] for figures in run(tmp_path, *arguments)["runs"]} == {3}
+    assert "Every training takes 3 steps" in " ".join(capsys.readouterr().out.split())
+
+
+def test_what_was_trained_is_not_trained_again(few_strengths, tmp_path, capsys, monkeypatch):
+    arguments = ("--budget", "3", "--methods", "nso", "--seeds", "1")
+    first = run(tmp_path, *arguments)
+    told = capsys.readouterr().out
+    monkeypatch.setattr(loop, "train", None)
+    assert run(tmp_path, *arguments, "--resume") == first
+    lines, again = (set(text.splitlines()) for text in (told, capsys.readouterr().out))
+    assert len(lines - again) == 3
+    assert not again - lines
+
+
+@pytest.mark.slow
+def test_folders_and_urls_are_divided_and_trained_on(few_strengths, folder, tmp_path, capsys):
+    for source, number in ((folder, 70), ("memory://elsewhere", 140)):
+        write_images(source, train=number, test=4)
+    arguments = ["--methods", "input-gradient", "--seeds", "1", "--budget", "6", "--penalty-every", "2"]
+    results = run(tmp_path, "--data", str(folder), "memory://elsewhere/", *arguments)
+    counts = {"shape": [6, 5, 1], "validation": 20, "test": 4}
+    assert results["settings"]["data"] == {
+        "images": counts | {"train": 60, "validation": 10},
+        "elsewhere": counts | {"train": 120},
+    }
+    assert results["claim"] == {"images": [], "elsewhere": []}
+    steps = {run["method"]: run["steps"] for run in results["runs"]}
+    assert steps == {"plain": 6, "input-gradient": 3}  # on average 1.75 times as long
+    caption = robustness.caption(results)
+    assert "A penalty is in one step out of 2, 2 times as strong." in caption
+    assert "Pairs of strengths" not in caption
+    capsys.readouterr()
+    report.print_table(Console(width=80), robustness, results)
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("name", ["robustness", "robustness-equal-steps"])
+def test_published_results_are_read(name):
+    results = json.loads((RESULTS / f"{name}.json").read_text())
+    assert len(robustness.rows(results)) == sum(1 + len(chosen) for chosen in results["chosen"].values())
+    assert "one step out of" not in robustness.caption(results)
+    assert robustness.plot(results).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("total", "train", "validation", "expected"),
+    [(110, 100, 10, (100, 10)), (100, 100, 10, (90, 10)), (35, 100, 10, (30, 5)), (70, 20, 100, (20, 50))],
+)
+def test_small_data_sets_are_mostly_for_training(total, train, validation, expected, folder):
+    write_images(folder, train=total)
+    options = robustness.Options(train_images=train, validation_images=validation, test_images=3)
+    problem = robustness._problem("x", str(folder), options)
+    assert (len(problem.train.labels), len(problem.validation.labels)) == expected
+    assert len(problem.test.labels) == 3
+    assert problem.task.model(0)(problem.test.inputs).shape == (3, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "{folder}/nowhere"], "no folder {folder}/nowhere"),
+        (["--data"], "argument --data: expected at least one value"),
+        (["--data", "{folder}", "{folder}"], "argument --data: expected folders of different names"),
+        (["--data", "{folder}"], "7 images to train on, fewer than a batch"),
+        (["--train-images", "20"], "digits: 20 images to train on, fewer than a batch"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(arguments, message, folder, tmp_path, capsys):
+    given = [word.format(folder=folder) for word in arguments]
+    assert cli.main(["robustness", *given, "--out", str(tmp_path / "out")]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("python -m benchmarks robustness: ")
+    assert message.format(folder=folder) in told
+    assert told.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [(["--radius", "2"], "'2'"), (["--methods", "sam"], "sam"), (["--penalty-every", "0"], "'0'")],
+)
+def test_options_are_checked(arguments, expected, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["robustness", *arguments])
+    assert expected in capsys.readouterr().err

@@ -1,0 +1,383 @@
+"""Sets of images and texts from folders and from a hub, batches of them, and a few of each class."""
+
+import functools
+import io
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.registry import _registry
+from PIL import Image
+
+from benchmarks.kit.files import UserError
+from benchmarks.tasks import data
+
+
+@pytest.fixture(autouse=True)
+def strict():
+    """Nothing here computes with JAX."""
+
+
+class Hub(MemoryFileSystem):
+    """What `hf://` means in a test: files in memory, and a network that may fail."""
+
+    protocol = "hf"
+    store = {}  # noqa: RUF012
+    failure = None
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return "/" + path.removeprefix("hf://").strip("/")
+
+    def ls(self, path, detail=True, **kwargs):
+        if self.failure:
+            raise self.failure
+        return super().ls(path, detail, **kwargs)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    monkeypatch.setitem(_registry, "hf", Hub)
+    monkeypatch.setattr(Hub, "store", {})
+    monkeypatch.setattr(Hub, "pseudo_dirs", [""])
+    return Hub()
+
+
+def parquet(columns, metadata=None):
+    buffer = io.BytesIO()
+    pq.write_table(pa.table(columns).replace_schema_metadata(metadata), buffer)
+    return buffer.getvalue()
+
+
+def encoded(pixels, kind="PNG"):
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format=kind)
+    return buffer.getvalue()
+
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (3, 4, 5), np.uint8)
+IMAGES = {"image": [{"bytes": encoded(image), "path": None} for image in PIXELS], "label": [2, 0, 1]}
+TEXTS = {"sentence": ["a fine film", "dull", "", "naïve"], "label": [1, 0, 0, 1]}
+HUB_FEATURES = {"info": {"features": {"label": {"names": ["negative", "positive"], "_type": "ClassLabel"}}}}
+
+
+def write(folder, contents):
+    for name, content in contents.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return folder
+
+
+@pytest.mark.parametrize("place", ["", "data/", "plain_text/"])
+@pytest.mark.parametrize("suffix", ["", "-00000-of-00001"])
+def test_images_of_the_hub_are_those_of_a_folder(place, suffix, hub, tmp_path):
+    files = {f"{place}{split}{suffix}.parquet": parquet(IMAGES) for split in ("train", "test")}
+    write(tmp_path, files)
+    for name, content in files.items():
+        hub.pipe(f"hf://datasets/owner/set/{name}", content)
+    sources = (tmp_path, str(tmp_path), f"{tmp_path}/", "hf://datasets/owner/set")
+    for loaded in (data.load_images(source, num_test=2) for source in sources):
+        np.testing.assert_allclose(loaded.train.inputs, PIXELS[..., None] / 255, rtol=1e-6)
+        np.testing.assert_array_equal(loaded.train.labels, IMAGES["label"])
+        assert len(loaded.test.labels) == 2
+
+
+def test_the_folder_and_its_data_come_first_and_among_others_one_is_to_be_named(hub):
+    for number, name in enumerate(["sst2", "cola"]):
+        for split in ("train", "validation", "test"):
+            content = parquet({"sentence": ["yes"], "label": [number]})
+            hub.pipe(f"hf://datasets/glue/{name}/{split}-00000.parquet", content)
+    with pytest.raises(UserError, match=r"name one of hf://datasets/glue/cola, hf://datasets/glue/sst2"):
+        data.load_text("hf://datasets/glue")
+    for number, name in enumerate(["sst2", "cola"]):
+        assert data.load_text(f"hf://datasets/glue/{name}").train.labels == [number]
+    for number, place in [(2, "data/"), (3, "")]:
+        for split in ("train", "validation", "test"):
+            content = parquet({"sentence": ["yes"], "label": [number]})
+            hub.pipe(f"hf://datasets/glue/{place}{split}.parquet", content)
+        assert data.load_text("hf://datasets/glue").train.labels == [number]
+
+
+def test_all_splits_are_of_one_place(tmp_path):
+    names = ("train.parquet", "test.parquet", "other/validation.parquet", "data/train.parquet")
+    write(tmp_path, dict.fromkeys(names, parquet(TEXTS)))
+    assert data.load_text(tmp_path).validation is None
+    (tmp_path / "train.parquet").unlink()
+    with pytest.raises(UserError, match=rf"^no test\*\.parquet in {tmp_path}/data$"):
+        data.load_text(tmp_path)
+
+
+@pytest.mark.parametrize("load", [data.load_images, data.load_text])
+@pytest.mark.parametrize("failure", [OSError("no route\nto host"), RuntimeError("no route\nto host")])
+def test_a_hub_out_of_reach_is_told_in_one_line(failure, load, hub, monkeypatch):
+    monkeypatch.setattr(Hub, "failure", failure)
+    with pytest.raises(UserError, match=r"^cannot read hf://datasets/owner/set: no route$"):
+        load("hf://datasets/owner/set")
+    monkeypatch.setattr(Hub, "failure", None)
+    with pytest.raises(UserError, match=r"^no folder hf://datasets/owner/set$"):
+        load("hf://datasets/owner/set")
+
+
+def test_a_file_of_the_hub_is_named_as_the_source_is(hub):
+    hub.pipe("hf://datasets/owner/set/data/train.parquet", parquet(TEXTS))
+    hub.pipe("hf://datasets/owner/set/data/test.parquet", parquet(TEXTS | {"label": [0, 1, -1, 0]}))
+    with pytest.raises(UserError, match=r"^hf://datasets/owner/set/data/test\.parquet, row 2: "):
+        data.load_text("hf://datasets/owner/set")
+
+
+def test_unknown_protocols_are_told_in_one_line():
+    with pytest.raises(UserError, match=r"^cannot read ftpx://a/b: Protocol not known: ftpx"):
+        data.load_images("ftpx://a/b")
+
+
+def images(pixels, labels, **options):
+    return parquet({"img": [encoded(image, **options) for image in pixels], "label": labels})
+
+
+def test_images_are_read_as_they_were_written(tmp_path):
+    columns = {"img": [encoded(image) for image in PIXELS], "label": [1, 0, 1]}
+    content = parquet(columns, {"class_names": "shirt,shoe"})
+    write(tmp_path, {"train.parquet": content, "test.parquet": content})
+    loaded = data.load_images(tmp_path)
+    assert loaded.class_names == ("shirt", "shoe")
+    for part in (loaded.train, loaded.test):
+        assert (part.inputs.dtype, part.labels.dtype) == (np.float32, np.int32)
+        np.testing.assert_array_equal(part.labels, [1, 0, 1])
+        np.testing.assert_allclose(part.inputs, PIXELS[..., None] / 255, rtol=1e-6)
+
+
+def test_only_the_rows_asked_for_are_decoded(tmp_path):
+    broken = {"img": [*(encoded(image) for image in PIXELS), b"broken"], "label": [0, 0, 0, 0]}
+    write(tmp_path, {"train.parquet": parquet(broken), "test.parquet": images(PIXELS, [0, 0, 0])})
+    loaded = data.load_images(tmp_path, 3, 2)
+    assert [len(part.labels) for part in (loaded.train, loaded.test)] == [3, 2]
+    with pytest.raises(UserError, match=r"train\.parquet, row 3: cannot decode"):
+        data.load_images(tmp_path, 4)
+
+
+def test_parts_follow_their_names(tmp_path):
+    colours = np.random.default_rng(1).integers(0, 256, (5, 4, 4, 3), np.uint8)
+    parts = {
+        "train-00001-of-00002.parquet": images(colours[3:], [3, 4]),
+        "train-00000-of-00002.parquet": images(colours[:3], [0, 1, 2]),
+        "test-00000-of-00001.parquet": images(colours[:1], [0]),
+    }
+    loaded = data.load_images(write(tmp_path, parts))
+    assert loaded.class_names == ()
+    np.testing.assert_array_equal(loaded.train.labels, np.arange(5))
+    np.testing.assert_allclose(loaded.train.inputs, colours / 255, rtol=1e-6)
+
+
+def test_jpegs_come_near(tmp_path):
+    content = images(np.full((3, 8, 8, 3), 100, np.uint8), [0, 1, 2], kind="JPEG")
+    write(tmp_path, {"train.parquet": content, "test.parquet": content})
+    np.testing.assert_allclose(data.load_images(tmp_path).train.inputs, 100 / 255, atol=0.01)
+
+
+GOOD = encoded(PIXELS[0])
+
+
+@pytest.mark.parametrize(
+    ("contents", "labels", "message"),
+    [
+        ([GOOD, b"\x89PNG but no more"], [0, 1], r"row 1: cannot decode the image: "),
+        ([GOOD, GOOD[:60]], [0, 1], r"row 1: cannot decode the image: "),
+        ([GOOD, None], [0, 1], r"row 1: expected the bytes of an image, got NoneType"),
+        ([{"bytes": None, "path": "a.png"}], [0], r"row 0: expected the bytes of an image, got NoneType"),
+        (["a.png"], [0], r"row 0: expected the bytes of an image, got str"),
+        (
+            [GOOD, encoded(PIXELS[0, :, :4])],
+            [0, 1],
+            r"row 1: expected an image of shape \(4, 5, 1\), got \(4, 4, 1\)",
+        ),
+        ([GOOD], ["shoe"], r"row 0: expected a label of 0, 1, \.\.\., got 'shoe'"),
+        ([GOOD], [None], r"row 0: expected a label of 0, 1, \.\.\., got None"),
+    ],
+)
+def test_files_that_hold_no_images_are_told_in_one_line(contents, labels, message, tmp_path):
+    test = parquet({"img": contents, "label": labels})
+    write(tmp_path, {"train.parquet": images(PIXELS, [0, 1, 2]), "test.parquet": test})
+    with pytest.raises(UserError, match=rf"^{tmp_path}/test\.parquet, {message}") as raised:
+        data.load_images(tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+def test_missing_files_are_told_in_one_line(tmp_path):
+    write(tmp_path, {"test.parquet": images(PIXELS, [0, 1, 2])})
+    fails = functools.partial(pytest.raises, UserError)
+    with fails(match=rf"^no train\*\.parquet in {tmp_path}, its folder data or another one there$"):
+        data.load_images(tmp_path)
+    write(tmp_path, {"train.parquet": parquet({"pixels": [1], "label": [0]})})
+    with fails(match=r"train\.parquet: no column img, only pixels, label$"):
+        data.load_images(tmp_path)
+    write(tmp_path, {"train.parquet": b"PAR1 or anything else"})
+    with fails(match=r"^cannot read .*train\.parquet: ") as raised:
+        data.load_images(tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+def test_splits_of_different_shapes_are_told(tmp_path):
+    small = images(PIXELS[:, :3, :3], [0, 1, 2])
+    write(tmp_path, {"train.parquet": images(PIXELS, [0, 1, 2]), "test.parquet": small})
+    with pytest.raises(UserError, match=r"train has images of shape \(4, 5, 1\), test of \(3, 3, 1\)"):
+        data.load_images(tmp_path)
+
+
+@pytest.mark.parametrize("column", ["sentence", "text"])
+def test_texts_are_read_as_they_were_written(column, tmp_path):
+    columns = {column: TEXTS["sentence"], "label": TEXTS["label"], "idx": [0, 1, 2, 3]}
+    write(tmp_path, {f"{split}.parquet": parquet(columns) for split in ("train", "validation", "test")})
+    loaded = data.load_text(tmp_path, num_train=3, num_validation=0)
+    assert loaded.train.inputs == TEXTS["sentence"][:3]
+    assert loaded.test.inputs == TEXTS["sentence"]
+    assert loaded.train.labels.dtype == np.int32
+    np.testing.assert_array_equal(loaded.test.labels, TEXTS["label"])
+    assert loaded.validation.inputs == []
+    assert loaded.validation.labels.shape == (0,)
+    assert loaded.class_names == ()
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [{"class_names": "negative,positive"}, {"huggingface": json.dumps(HUB_FEATURES)}],
+)
+def test_class_names_are_found_where_folders_and_hubs_have_them(metadata, tmp_path):
+    write(tmp_path, {f"{split}.parquet": parquet(TEXTS, metadata) for split in ("train", "test")})
+    loaded = data.load_text(tmp_path)
+    assert loaded.class_names == ("negative", "positive")
+    assert loaded.validation is None
+
+
+def test_a_test_split_that_is_not_asked_for_is_not_read(tmp_path):
+    write(tmp_path, {"train.parquet": parquet(TEXTS), "test.parquet": b"broken"})
+    assert data.load_text(tmp_path, num_test=0).test.inputs == []
+    with pytest.raises(UserError, match=r"cannot read .*test\.parquet"):
+        data.load_text(tmp_path)
+    (tmp_path / "test.parquet").unlink()
+    with pytest.raises(UserError, match=r"no test\*\.parquet in "):
+        data.load_text(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"sentence": ["a", None], "label": [0, 1]}, r", row 1: expected a string, got NoneType"),
+        ({"text": [3], "label": [0]}, r", row 0: expected a string, got int"),
+        ({"sentence": ["a"], "label": [2**31]}, r", row 0: expected a label of 0, 1, \.\.\., got 2147483648"),
+        ({"sentence": ["a"], "label": [0.0]}, r", row 0: expected a label of 0, 1, \.\.\., got 0\.0"),
+        (
+            {"sentence": ["a"], "label": [-1]},
+            r", row 0: .* got -1 \(the hub's SST-2 hides those of its split",
+        ),
+        ({"sentence": ["a"]}, r": no column label, only sentence"),
+        ({"question": ["a"]}, r": no column sentence and label, only question"),
+        ({"sentence": pa.array([], pa.string()), "label": pa.array([], pa.int64())}, r": no rows"),
+    ],
+)
+def test_files_that_hold_no_texts_are_told_in_one_line(columns, message, tmp_path):
+    write(tmp_path, {"train.parquet": parquet(TEXTS), "validation.parquet": parquet(columns)})
+    with pytest.raises(UserError, match=rf"^{tmp_path}/validation\.parquet{message}") as raised:
+        data.load_text(tmp_path, num_test=0)
+    assert "\n" not in str(raised.value)
+
+
+def examples(number=11):
+    """Each row is a function of its label."""
+    labels = np.arange(number, dtype=np.int32)
+    return data.Examples(np.stack([labels, 2 * labels], axis=1).astype(np.float32), labels)
+
+
+def take(stream, number):
+    return [next(stream) for _ in range(number)]
+
+
+def assert_equal(first, second):
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+def test_batches_are_permutations_cut_into_parts():
+    rng = np.random.default_rng([7, 2])
+    parts = [
+        order[start : start + 3] for order in (rng.permutation(11) for _ in range(4)) for start in (0, 3, 6)
+    ]
+    everything = examples()
+    expected = [data.Examples(everything.inputs[part], everything.labels[part]) for part in parts]
+    assert_equal(take(data.batches(everything, 3, seed=7), 12), expected)
+
+
+@pytest.mark.parametrize("first", [0, 1, 3, 4, 7])
+def test_batches_go_on_where_they_stopped(first):
+    whole = take(data.batches(examples(), 3, seed=0), 12)
+    assert_equal(take(data.batches(examples(), 3, 0, first), 12 - first), whole[first:])
+
+
+def test_batches_that_are_skipped_are_not_made(monkeypatch):
+    made = []
+    monkeypatch.setattr(data, "_rows_of", lambda _, indices: made.append(indices))
+    next(data.batches(examples(), 3, 0, first=1000))
+    assert len(made) == 1
+
+
+def test_batches_of_pytrees_take_the_same_rows_of_each():
+    plain = examples()
+    inputs = {"tokens": jnp.asarray(plain.inputs), "mask": plain.labels[:, None] % 2 == 0}
+    pairs = zip(
+        take(data.batches(plain._replace(inputs=inputs), 4, seed=3), 5),
+        take(data.batches(plain, 4, seed=3), 5),
+        strict=True,
+    )
+    for batch, expected in pairs:
+        mask = expected.labels[:, None] % 2 == 0
+        assert_equal(batch, expected._replace(inputs={"tokens": expected.inputs, "mask": mask}))
+
+
+@pytest.mark.parametrize("size", [0, -1, 12])
+def test_batches_of_more_than_there_are_or_of_none_are_refused(size):
+    with pytest.raises(UserError, match=f"of 1 to 11 examples, as many as there are, got {size}"):
+        data.batches(examples(), size, seed=0)
+    assert len(next(data.batches(examples(), 11, seed=0)).labels) == 11
+
+
+def test_classes_are_numbered_in_the_order_given():
+    everything = examples()._replace(labels=np.array([5, 1, 3, 1, 0, 5, 3, 3, 0, 1, 5], np.int32))
+    some = data.only_classes(everything, [3, 5])
+    np.testing.assert_array_equal(some.inputs, everything.inputs[[0, 2, 5, 6, 7, 10]])
+    assert_equal(some.labels, np.array([1, 0, 1, 0, 0, 1], np.int32))
+    with pytest.raises(UserError, match="no examples of class 4"):
+        data.only_classes(everything, [3, 4, 5])
+
+
+def test_few_are_as_many_of_each_class_and_the_rest_is_left():
+    everything = examples(40)._replace(labels=np.arange(40, dtype=np.int32) % 3)
+    few, rest = data.few_shot(everything, 4, seed=0)
+    np.testing.assert_array_equal(np.bincount(few.labels), [4, 4, 4])
+    for part in (few, rest):
+        assert np.all(np.diff(part.inputs[:, 0]) > 0)
+        np.testing.assert_array_equal(part.labels, part.inputs[:, 0] % 3)
+    together = np.concatenate([few.inputs, rest.inputs])
+    np.testing.assert_array_equal(together[np.argsort(together[:, 0])], everything.inputs)
+    assert_equal(data.few_shot(everything, 4, seed=0), (few, rest))
+    assert not np.array_equal(data.few_shot(everything, 4, seed=1)[0].inputs, few.inputs)
+
+
+def test_few_of_a_class_are_drawn_evenly():
+    everything = examples(6)._replace(labels=np.zeros(6, np.int32))
+    drawn = np.concatenate([data.few_shot(everything, 2, seed)[0].inputs[:, 0] for seed in range(600)])
+    np.testing.assert_allclose(np.bincount(drawn.astype(int)), 200, atol=5 * (600 * 2 / 9) ** 0.5)
+
+
+def test_too_few_of_a_class_are_told():
+    everything = examples(5)._replace(labels=np.array([0, 0, 1, 1, 1], np.int32))
+    few, rest = data.few_shot(everything, 2, seed=0)
+    assert (len(few.labels), rest.labels.tolist()) == (4, [1])
+    with pytest.raises(UserError, match="class 0 has 2 examples, not 3"):
+        data.few_shot(everything, 3, seed=0)
