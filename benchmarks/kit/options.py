@@ -19,6 +19,11 @@ class Output:
 
     out: Path = Path("runs/results")
 
+    @property
+    def folder(self) -> Path:
+        """The output folder."""
+        return self.out
+
     def settings(self) -> dict[str, Any]:
         """What somebody needs to know to go on with the run or to repeat it, ready for JSON."""
         elsewhere = {"out", "work", "resume"}

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks.kit import options, plots, report, tables
-from benchmarks.kit.files import read_file, write_files
+from benchmarks.kit.files import UserError, read_file, write_files
 from benchmarks.kit.journal import Journal
 from benchmarks.tasks import checkpoints, data
 from benchmarks.tasks.checkpoints import Metadata
@@ -53,6 +53,14 @@ class Size(NamedTuple):
 # The quick one is over in a minute or so on two cores. Its steps cannot be far fewer: with half of the full
 # one's, SAM has not learnt the wrong labels yet and noise not the right ones.
 QUICK, FULL = Size(3, 900, 5, 8, 20), Size(5, 1200, 10, 10, 50)
+
+PUBLISHED = {
+    "results.json": "demo.json",
+    "training.png": "demo-training.png",
+    "surface.png": "demo-surface.png",
+    "sgd.safetensors": "demo-sgd.safetensors",
+    "nso.safetensors": "demo-nso.safetensors",
+}
 
 MethodName = Literal["sgd", "sam", "wp-sgd", "nso"]
 
@@ -188,7 +196,7 @@ class Options:
         }
 
 
-def demo(options: Options) -> dict[str, str | bytes]:
+def measure(options: Options) -> dict[str, str | bytes]:
     """Runs the demo, showing its progress and then its table.
 
     Args:
@@ -212,6 +220,24 @@ def demo(options: Options) -> dict[str, str | bytes]:
         "surface.png": plot_surface(results),
         **{_file(name): read_file(options.work / _file(name)) for name in options.names},
     }
+
+
+def published(folder: Path) -> dict[str, bytes]:
+    """What is published of a full demo's files, under the names that it has there.
+
+    Args:
+        folder: The demo's output folder.
+
+    Raises:
+        UserError: There is none, or it was a quick one.
+    """
+    contents = {new: read_file(folder / old) for old, new in PUBLISHED.items()}
+    settings = json.loads(contents["demo.json"])["settings"]
+    if tuple(settings[name] for name in Size._fields) != FULL:
+        raise UserError(
+            f"{folder} has a quick demo: `python -m benchmarks demo --full` makes what is published"
+        )
+    return contents
 
 
 def run(options: Options, progress: Progress) -> dict[str, Any]:
@@ -375,11 +401,11 @@ def _train(
     def advance(gradients: float) -> None:
         left.advance(gradients * METHODS[name].gradient)
 
-    def measure(model: nnx.Module, num_products: int = options.size.point_products) -> dict[str, float]:
+    def figures(model: nnx.Module, num_products: int = options.size.point_products) -> dict[str, float]:
         return measuring.measure_point(gauge, measuring.split_network(model)[1], split, num_products)
 
     model, curve, seconds = loop.train(
-        task, method, settings, measure=measure, journal=journal, advance=advance
+        task, method, settings, measure=figures, journal=journal, advance=advance
     )
     if seed == 0:
         steps = loop.num_steps(method, options.gradients)
@@ -388,7 +414,7 @@ def _train(
     return {
         "evaluations": curve[-1]["evaluations"],
         "seconds": seconds,
-        **measure(model, options.size.final_products),
+        **figures(model, options.size.final_products),
         **measuring.measure_surface(gauge, measuring.split_network(model)[1], split, seed),
         "curve": curve,
     }

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.kit.files import UserError, write_into
 from tests.reliability import installation
 
 ROOT = Path(__file__).parents[2]
@@ -34,13 +33,6 @@ def test_the_import_takes_hardly_longer_than_that_of_optax():
 def test_no_source_of_data_leads_out_of_the_output_folder():
     row = installation.paths()
     assert row.survived == row.tried == len(installation.HOSTILE)
-
-
-@pytest.mark.parametrize("name", ["../x.json", "/x.json", "a/b.json", "..", "."])
-def test_files_are_written_into_their_folder_or_not_at_all(name, tmp_path):
-    with pytest.raises(UserError, match="expected the plain name of a file"):
-        write_into(tmp_path / "out", {"good.json": "{}", name: "{}"})
-    assert list(tmp_path.rglob("*")) == []
 
 
 def pickling(path):

@@ -8,7 +8,7 @@ import pytest
 from benchmarks import __main__ as cli
 from benchmarks.kit import tables
 from benchmarks.quality import demo
-from tests.reliability import reliability, soak
+from tests.reliability import command, soak
 from tests.reliability.outcome import Trials
 
 
@@ -66,19 +66,19 @@ def test_the_command_leaves_its_figures(tmp_path, monkeypatch):
         "good": lambda _, advance: [advance(2) or Trials("a good one", 2, 2, "all well")],
         "bad": lambda options, _: [Trials("a bad one", options.times, 1, "not so well")],
     }
-    monkeypatch.setattr(reliability, "CHECKS", checks)
+    monkeypatch.setattr(command, "CHECKS", checks)
     monkeypatch.setattr(soak, "apart", lambda _: FLAT)
     assert cli.main(["reliability", "--times", "3", "--out", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "reliability.json").read_text())
-    made = reliability.rows(results)
+    made = command.rows(results)
     assert [row[0] for row in made[1:]] == ["a good one", "a bad one"]
     assert [row[1:] for row in made] == [["100", "100", "0"], ["2", "2", "0"], ["3", "1", "2"]]
-    assert (tmp_path / "reliability.md").read_text() == tables.markdown(reliability, results)
-    assert "*a bad one*: not so well." in reliability.caption(results)
+    assert (tmp_path / "reliability.md").read_text() == tables.markdown(command, results)
+    assert "*a bad one*: not so well." in command.caption(results)
     assert not list(tmp_path.glob("*.png"))  # what does not change needs no picture
 
 
 def test_property_tests_that_do_not_run_are_an_error(monkeypatch, tmp_path):
-    monkeypatch.setitem(reliability.PROPERTIES, "random input", (str(tmp_path / "nowhere.py"), ""))
+    monkeypatch.setitem(command.PROPERTIES, "random input", (str(tmp_path / "nowhere.py"), ""))
     with pytest.raises(cli.UserError, match="the property tests did not run"):
-        reliability._properties("random input", reliability.Options(profile="test"), lambda _: None)
+        command._properties("random input", command.Options(profile="test"), lambda _: None)

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from benchmarks import __main__ as cli
+from benchmarks import registry
 from benchmarks.cost import jax_steps, memory, step_cost
 from benchmarks.kit import timing
 from benchmarks.kit.timing import Ratio
@@ -227,9 +228,9 @@ def test_mistakes_are_told(arguments, expected, capsys):
 def test_devices_are_simulated_before_jax_is_imported(flags, expected, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", flags)
     imported = []
-    monkeypatch.setattr(cli.importlib, "import_module", imported.append)
-    cli._load("memory")
+    monkeypatch.setattr(registry.importlib, "import_module", imported.append)
+    registry.load("memory")
     assert cli.os.environ["XLA_FLAGS"] == flags
-    cli._load("communication")
+    registry.load("communication")
     assert cli.os.environ["XLA_FLAGS"] == expected
     assert imported == ["benchmarks.cost.memory", "benchmarks.cost.communication"]

@@ -381,3 +381,39 @@ def test_too_few_of_a_class_are_told():
     assert (len(few.labels), rest.labels.tolist()) == (4, [1])
     with pytest.raises(UserError, match="class 0 has 2 examples, not 3"):
         data.few_shot(everything, 3, seed=0)
+
+
+def test_digits_are_split_without_overlap():
+    first, second = data.digits(0, 200), data.digits(1, 200)
+    assert [len(part.labels) for part in first] == [200, 597, 1000, 1000]
+    everything = np.concatenate([part.inputs for part in first[:3]]).reshape(1797, -1)
+    assert len(np.unique(everything, axis=0)) == len(np.unique(_all_digits(), axis=0))
+    np.testing.assert_array_equal(first.test.inputs, second.test.inputs)
+    assert not np.array_equal(first.train.inputs, second.train.inputs)
+    np.testing.assert_array_equal(first.train.inputs, data.digits(0, 200).train.inputs)
+
+
+def test_wrong_labels_are_as_many_as_asked_for_and_only_in_training():
+    clean, noisy = data.digits(3, 400), data.digits(3, 400, wrong_labels=0.2)
+    np.testing.assert_array_equal(clean.train.inputs, noisy.train.inputs)
+    assert np.sum(clean.train.labels != noisy.train.labels) == 80
+    np.testing.assert_array_equal(clean.validation.labels, noisy.validation.labels)
+    np.testing.assert_array_equal(clean.test.labels, noisy.test.labels)
+    np.testing.assert_array_equal(noisy.test.inputs, noisy.mislabelled_test.inputs)
+    assert np.sum(noisy.test.labels != noisy.mislabelled_test.labels) == 200
+    assert set(np.unique(noisy.train.labels)) == set(range(10))
+
+
+def _all_digits():
+    return np.concatenate([part.inputs for part in data.digits(5, 100)[:3]]).reshape(1797, -1)
+
+
+def test_an_epoch_of_batches_has_every_example_once():
+    examples = data.Examples(np.arange(10.0), np.arange(10))
+    stream = data.batches(examples, batch_size=5, seed=0)
+    epochs = [[next(stream), next(stream)] for _ in range(2)]
+    for epoch in epochs:
+        assert sorted(np.concatenate([batch.labels for batch in epoch])) == list(range(10))
+        for batch in epoch:
+            np.testing.assert_array_equal(batch.inputs, batch.labels)
+    assert not np.array_equal(epochs[0][0].labels, epochs[1][0].labels)
