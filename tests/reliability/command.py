@@ -14,7 +14,7 @@ from rich.progress import Progress
 
 from benchmarks.kit import options
 from benchmarks.kit.files import ROOT, UserError
-from tests.reliability import installation, kills, numerics, round_trips, soak
+from tests.reliability import determinism, installation, kills, nonfinite, round_trips, soak
 from tests.reliability.outcome import Advance, Trials
 
 # What Hypothesis tries: the row's name, the file of tests, and what they try.
@@ -144,8 +144,8 @@ CHECKS: dict[str, Callable[[Options, Advance], Any]] = {
     "kills of a script": lambda options, advance: [kills.script(options.times, advance)],
     "damage": _damage,
     "round trips": lambda _, advance: [round_trips.round_trips(advance)],
-    "non-finite": lambda options, advance: [numerics.nonfinite(options.seeds, advance)],
-    "determinism": lambda _, advance: [numerics.determinism(advance)],
+    "non-finite": lambda options, advance: [nonfinite.nonfinite(options.seeds, advance)],
+    "determinism": lambda _, advance: [determinism.determinism(advance)],
     "random input": lambda options, advance: [_properties("random input", options, advance)],
     "random meshes": lambda options, advance: [_properties("random meshes", options, advance)],
     "wheel": _wheel,

@@ -11,7 +11,7 @@ from flax import nnx
 import nso_jax
 import nso_jax.nnx
 from nso_jax import noise, sharpness
-from tests.reliability import numerics
+from tests.reliability import entry_points, nonfinite
 
 PATIENCE = 3
 
@@ -19,21 +19,21 @@ PATIENCE = 3
 @pytest.mark.slow
 def test_no_fault_is_averaged_away_and_training_goes_on():
     advances = []
-    trials = numerics.nonfinite(1, advances.append)
+    trials = nonfinite.nonfinite(1, advances.append)
     assert trials.survived == trials.tried == len(advances) == sum(advances) > 50
 
 
 def test_exactly_one_evaluation_is_hit(key):
     """The trials' fault in one draw is in one draw, and it is enough."""
     rng = np.random.default_rng(0)
-    params, batch = numerics._problem(rng)
+    params, batch = entry_points.make_problem(rng)
     fn = jax.jit(
         lambda hit: nso_jax.value_and_grad(
-            numerics._loss_and_aux, sigma=0.1, num_samples=8, has_aux=True, aux="stack", chunk_size=3
+            entry_points.error_and_aux, sigma=0.1, num_samples=8, has_aux=True, aux="stack", chunk_size=3
         )(key, params, batch, hit)
     )
-    inputs = numerics._Inputs(key, params, batch, jnp.float32(jnp.inf), jnp.float32(0.1))
-    found = numerics._one_infinite_evaluation(rng, inputs, lambda inputs: fn(inputs.hit))
+    inputs = entry_points.Inputs(key, params, batch, jnp.float32(jnp.inf), jnp.float32(0.1))
+    found = nonfinite._one_infinite_evaluation(rng, inputs, lambda inputs: fn(inputs.hit))
     (value, aux), grads = fn(found.hit)
     assert np.isinf(aux["loss"]).sum() == 1
     assert np.isinf(value)
