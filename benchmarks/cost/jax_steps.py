@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ import optax
 from flax import nnx
 
 import nso_jax
+from benchmarks.kit import timing
 from benchmarks.kit.timing import Call
 from benchmarks.tasks.data import Examples
 from benchmarks.tasks.models import MLP, ConvNet, Transformer, pure_loss
@@ -75,7 +75,7 @@ def step_calls(case: Case) -> tuple[int, dict[str, Call]]:
     loss, params = pure_loss(model)
     num_weights = sum(w.size for w in jax.tree.leaves(params))
     calls = _jax_calls(loss, params, batch, case.without)
-    if device := torch_device():
+    if device := timing.torch_device():
         from benchmarks.cost import torch_steps  # noqa: PLC0415
 
         torch_weights, rivals = torch_steps.steps(
@@ -108,16 +108,6 @@ def noise_calls() -> dict[str, Call]:
         "normal": adding(noise.normal),
         "jax-normal": adding(jax.random.normal),
     }
-
-
-def torch_device() -> str | None:
-    """JAX's device under PyTorch's name for it, if PyTorch is there and can use it."""
-    device = {"cpu": "cpu", "gpu": "cuda"}.get(jax.default_backend())
-    if device is None or importlib.util.find_spec("torch") is None:
-        return None
-    import torch  # noqa: PLC0415
-
-    return device if device == "cpu" or torch.cuda.is_available() else None
 
 
 def _batch(case: Case) -> Examples:

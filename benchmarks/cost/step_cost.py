@@ -198,7 +198,7 @@ def _settings() -> dict[str, Any]:
         "torch": None,
         "torch_threads": None,
     }
-    if jax_steps.torch_device():
+    if timing.torch_device():
         import torch  # noqa: PLC0415
 
         settings |= {"torch": importlib.metadata.version("torch"), "torch_threads": torch.get_num_threads()}

@@ -1,5 +1,6 @@
 """Times of calls, measured in turns, and the ratios between them."""
 
+import importlib.util
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -69,3 +70,13 @@ def _seconds(call: Call, count: int) -> float:
     for _ in range(count):
         jax.block_until_ready(call())
     return (time.perf_counter() - start) / count
+
+
+def torch_device() -> str | None:
+    """JAX's device under PyTorch's name for it, if PyTorch is there and can use it."""
+    device = {"cpu": "cpu", "gpu": "cuda"}.get(jax.default_backend())
+    if device is None or importlib.util.find_spec("torch") is None:
+        return None
+    import torch  # noqa: PLC0415
+
+    return device if device == "cpu" or torch.cuda.is_available() else None

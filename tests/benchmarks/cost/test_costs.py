@@ -46,7 +46,7 @@ def tiny_steps(monkeypatch):
     }
     monkeypatch.setattr(jax_steps, "CASES", cases)
     monkeypatch.setattr(jax_steps, "NOISE_SHAPE", (64, 64))
-    monkeypatch.setattr(jax_steps, "torch_device", lambda: None)
+    monkeypatch.setattr(timing, "torch_device", lambda: None)
     monkeypatch.setattr(timing, "LEAST_SECONDS", 1e-3)
 
 
@@ -148,9 +148,9 @@ def test_torch_steps_train(torch_rivals):
 
 @pytest.mark.skipif(not HAS_TORCH, reason="needs torch")
 def test_torch_is_used_where_it_is(monkeypatch):
-    assert jax_steps.torch_device() == ("cpu" if jax.default_backend() == "cpu" else "cuda")
+    assert timing.torch_device() == ("cpu" if jax.default_backend() == "cpu" else "cuda")
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert jax_steps.torch_device() is None
+    assert timing.torch_device() is None
 
 
 def _num_weights(model):

@@ -11,11 +11,12 @@ import pytest
 from flax import nnx
 
 from benchmarks import __main__ as cli
-from benchmarks.cost import jax_steps
-from benchmarks.curvature import peers
-from benchmarks.curvature.peers import Case
+from benchmarks.curvature import libraries, peers, races, trained_networks
+from benchmarks.curvature.trained_networks import Case
+from benchmarks.kit import timing
 from benchmarks.tasks import models
 from benchmarks.tasks.data import Examples
+from nso_jax import curvature
 
 KEYS = {"library", "method", "products", "extrapolated", "repetitions", "seconds"}
 
@@ -38,15 +39,15 @@ def one_thread():
 def tiny(monkeypatch):
     small = functools.partial(models.MLP, (64, 8, 10))
     monkeypatch.setattr(
-        peers,
+        trained_networks,
         "NETWORKS",
         {"mlp": Case("MLP", small, ("xtrace", "hutch++"), seeds=2, probes=20, repetitions=2)},
     )
-    monkeypatch.setattr(peers, "NUM_EXAMPLES", 64)
-    monkeypatch.setattr(peers, "BATCH_SIZE", 16)
-    monkeypatch.setattr(peers, "NUMBERS", (12, 24, 120))
-    monkeypatch.setattr(peers, "TRACE_TARGET", 0.05)
-    monkeypatch.setattr(peers, "TOLERANCES", (1e-1, 1e-5))
+    monkeypatch.setattr(trained_networks, "NUM_EXAMPLES", 64)
+    monkeypatch.setattr(trained_networks, "BATCH_SIZE", 16)
+    monkeypatch.setattr(races, "NUMBERS", (12, 24, 120))
+    monkeypatch.setattr(races, "TRACE_TARGET", 0.05)
+    monkeypatch.setattr(races, "TOLERANCES", (1e-1, 1e-5))
 
 
 def run(folder):
@@ -73,13 +74,13 @@ def check(results, num_rivals):
         assert record["seconds"]["median"] > 0
     for record in network["trace"]:
         if record["extrapolated"]:
-            wanted = math.ceil((record["relative_deviation"] / peers.TRACE_TARGET) ** 2)
+            wanted = math.ceil((record["relative_deviation"] / races.TRACE_TARGET) ** 2)
             assert record["products"] == pytest.approx(wanted, rel=1e-4)
         else:
-            assert record["curve"][-1]["relative_error"] <= peers.TRACE_TARGET
+            assert record["curve"][-1]["relative_error"] <= races.TRACE_TARGET
             assert record["products"] == record["curve"][-1]["products"]
     for record in network["eigenvalues"]:
-        assert record["rungs"][-1]["largest_error"] <= peers.EIGENVALUE_TARGET
+        assert record["rungs"][-1]["largest_error"] <= races.EIGENVALUE_TARGET
     table = peers.rows(results)
     assert len(table) == 4 + num_rivals
     assert all(len(row) == len(peers.HEADERS) for row in table)
@@ -91,7 +92,7 @@ def check(results, num_rivals):
 
 @pytest.mark.slow
 def test_alone_it_measures_ours(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(jax_steps, "torch_device", lambda: None)
+    monkeypatch.setattr(timing, "torch_device", lambda: None)
     network = check(run(tmp_path), num_rivals=0)
     assert network["ratios"] == {"trace": {}, "eigenvalues": {}}
     assert "pyhessian_defaults" not in network
@@ -110,7 +111,7 @@ def test_beside_the_rivals(tiny, tmp_path, one_thread):
         assert ratios.keys() == {"PyHessian", "curvlinops"}
     for task, ratios in network["ratios"].items():
         times = {(each["library"], each["method"]): each["times_ours"] for each in network[task]}
-        for name, key in peers.RATIOS[task].items():
+        for name, key in libraries.RATIOS[task].items():
             assert ratios[name] == pytest.approx(1 / times[key], rel=1e-4)
 
 
@@ -119,7 +120,7 @@ def problem(model):
     rng = np.random.default_rng(0)
     images = [jnp.asarray(rng.uniform(size=(6, 8, 8, 1)), jnp.float32) for _ in range(2)]
     batches = [Examples(each, jnp.arange(6) + i) for i, each in enumerate(images)]
-    return peers.Problem(model, *models.pure_loss(model), batches)
+    return trained_networks.Problem(model, *models.pure_loss(model), batches)
 
 
 def networks():
@@ -134,10 +135,10 @@ def test_torch_has_the_same_network(index, one_thread):
     in_torch = pytest.importorskip("benchmarks.curvature.torch_peers")
     ours = networks()[index]
     same = in_torch.problem(ours.model, ours.batches, "cpu")
-    peers.check_agreement(ours, same)
+    libraries.check_agreement(ours, same)
     same.model[-1].weight.data[0] += 0.1
     with pytest.raises(RuntimeError, match="is another one"):
-        peers.check_agreement(ours, same)
+        libraries.check_agreement(ours, same)
 
 
 def test_exact_trace_is_that_of_the_hessian():
@@ -152,39 +153,39 @@ def test_exact_trace_is_that_of_the_hessian():
 
     vector = jnp.concatenate([leaf.ravel() for leaf in leaves])
     wanted = jnp.trace(jax.hessian(loss)(vector))
-    assert peers.exact_trace(ours.model, ours.batches) == pytest.approx(float(wanted), rel=1e-4)
+    assert trained_networks.exact_trace(ours.model, ours.batches) == pytest.approx(float(wanted), rel=1e-4)
 
 
 def test_exact_trace_with_convolutions_and_statistics():
     ours = networks()[0]
-    estimate = peers.curvature.trace(
+    estimate = curvature.trace(
         jax.random.key(0), ours.fun, ours.params, ours.batches, method="xtrace", num_products=240
     )
-    exact = peers.exact_trace(ours.model, ours.batches)
+    exact = trained_networks.exact_trace(ours.model, ours.batches)
     assert abs(estimate.value - exact) < 5 * estimate.standard_error
     assert estimate.standard_error < 0.08 * exact
 
 
 def test_smallest_number_that_is_precise_enough():
     curve = [{"products": n, "relative_error": error} for n, error in ((8, 0.1), (16, 0.01), (24, 0.001))]
-    assert peers.smallest_number(curve) == 16
-    assert peers.smallest_number(curve[:1]) is None
+    assert races.smallest_number(curve) == 16
+    assert races.smallest_number(curve[:1]) is None
 
 
 def test_extrapolated_number():
     """The error of a mean falls with the root of the number."""
-    assert peers.extrapolated_number(0.4) == 1600
-    assert peers.extrapolated_number(0.005) == 1
+    assert races.extrapolated_number(0.4) == 1600
+    assert races.extrapolated_number(0.005) == 1
 
 
 def test_seeds_end_when_the_rest_cannot_help():
-    assert not peers.is_lost([0.019], num_seeds=4)
-    assert peers.is_lost([0.021], num_seeds=4)
-    assert not peers.is_lost([], num_seeds=1)
+    assert not races.is_lost([0.019], num_seeds=4)
+    assert races.is_lost([0.021], num_seeds=4)
+    assert not races.is_lost([], num_seeds=1)
 
 
 def test_methods_are_tried_until_they_are_precise_enough(monkeypatch):
-    monkeypatch.setattr(peers, "NUMBERS", (4, 400, 40_000))
+    monkeypatch.setattr(races, "NUMBERS", (4, 400, 40_000))
     called = []
 
     def estimate(seed, number):
@@ -192,7 +193,7 @@ def test_methods_are_tried_until_they_are_precise_enough(monkeypatch):
         return 10 * (1 + (-1) ** seed / math.sqrt(number))
 
     advanced = []
-    curves = peers._curves({("a", "b"): estimate}, 10, 6, lambda: advanced.append(1))
+    curves = races._curves({("a", "b"): estimate}, 10, 6, lambda: advanced.append(1))
     points = curves["a", "b"]
     assert [point["products"] for point in points] == [4, 400, 40_000]
     assert [point["seeds"] for point in points] == [3, 3, 6]
@@ -202,30 +203,30 @@ def test_methods_are_tried_until_they_are_precise_enough(monkeypatch):
 
 
 def test_tolerances_are_tried_until_every_seed_meets_one(monkeypatch):
-    monkeypatch.setattr(peers, "TOLERANCES", (1e-2, 1e-4, 1e-6))
+    monkeypatch.setattr(races, "TOLERANCES", (1e-2, 1e-4, 1e-6))
     called = []
 
     def eigenvalues(seed, tol):
         called.append((seed, tol))
         return [1.0, 2.0 + (2 * tol if seed == 1 else 0)], 7
 
-    rungs = peers._rungs(eigenvalues, [2.0, 1.0])
+    rungs = races._rungs(eigenvalues, [2.0, 1.0])
     assert called == [(0, 1e-2), (1, 1e-2), (0, 1e-4), (1, 1e-4), (2, 1e-4)]
     assert [rung["largest_error"] for rung in rungs] == pytest.approx([1e-2, 1e-4])
 
 
 def test_no_repetition_begins_when_the_time_is_over(monkeypatch):
     times = iter([10.0, 10.0, 25.0, 10.0, 25.0, 10.0])
-    monkeypatch.setattr(peers, "_timed", lambda call: (None, call()))
+    monkeypatch.setattr(races, "_timed", lambda call: (None, call()))
     calls = {("a", "slow"): lambda: 31.0, ("b", "fast"): lambda: next(times)}
-    seconds = peers._turns(calls, 3, lambda: None)
+    seconds = races._turns(calls, 3, lambda: None)
     assert seconds == {("a", "slow"): [31.0], ("b", "fast"): [10.0, 10.0, 25.0]}
 
 
 def test_a_target_that_is_never_met_leaves_gaps():
-    record = peers._record(("PyHessian", "power iteration"), products=None)
+    record = races._record(("PyHessian", "power iteration"), products=None)
     records = {("nso_jax", "Lanczos"): record | {"seconds": {"median": 2.0}}, ("PyHessian", "power"): record}
-    assert peers._compared("eigenvalues", records) == {}
+    assert races.compared("eigenvalues", records) == {}
     assert peers._cells(record) == ["PyHessian, power iteration", "-", "-", "-", "-"]
 
 
