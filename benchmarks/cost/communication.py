@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from rich.progress import Progress
 
 import nso_jax
-from benchmarks.kit import options, plots
+from benchmarks.kit import plots
+from benchmarks.kit.options import Count, Output
 from benchmarks.tasks import models
 from benchmarks.tasks.data import Examples
 from nso_jax import noise, parallel
@@ -65,14 +66,14 @@ class Step(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(options.Output):
+class Options(Output):
     """Counts the bytes that eight devices exchange in a training step.
 
     Attributes:
         samples: Numbers of draws, k.
     """
 
-    samples: tuple[options.Count, ...] = (1, 2, 4, 8)
+    samples: tuple[Count, ...] = (1, 2, 4, 8)
 
 
 def run(options: Options, progress: Progress) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from rich.progress import Progress
 
 import nso_jax
-from benchmarks.kit import options, plots
+from benchmarks.kit import plots
+from benchmarks.kit.options import Output
 from benchmarks.tasks.data import Examples
 from benchmarks.tasks.models import MLP, Transformer, pure_loss
 from nso_jax import noise
@@ -58,7 +59,7 @@ NumSamples = Literal[1, 2, 4, 8, 16]
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(options.Output):
+class Options(Output):
     """Reads from compiled programs what memory the averaged gradient takes beyond a plain one.
 
     Attributes:

@@ -15,7 +15,8 @@ from rich.progress import Progress
 
 import nso_jax
 from benchmarks.cost import memory
-from benchmarks.kit import options, plots, tables, timing
+from benchmarks.kit import plots, tables, timing
+from benchmarks.kit.options import Count, Output
 from benchmarks.kit.timing import Ratio
 from benchmarks.tasks.data import Examples
 from benchmarks.tasks.models import MLP, StridedConvNet, pure_loss
@@ -82,7 +83,7 @@ CaseName = Literal["convnet", "mlp"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(options.Output):
+class Options(Output):
     """Measures what SAM, its family and penalties cost, in gradients and memory.
 
     Attributes:
@@ -91,7 +92,7 @@ class Options(options.Output):
     """
 
     cases: tuple[CaseName, ...] = get_args(CaseName)
-    repetitions: options.Count = 25
+    repetitions: Count = 25
 
 
 def run(options: Options, progress: Progress) -> dict[str, Any]:

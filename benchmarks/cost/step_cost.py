@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from rich.progress import Progress
 
 from benchmarks.cost import jax_steps
-from benchmarks.kit import options, plots, timing
+from benchmarks.kit import plots, timing
+from benchmarks.kit.options import Output, OwnCount
 from benchmarks.kit.timing import Call, Ratio
 
 NOISE = "noise"  # a case of its own, beside those of `steps`
@@ -58,7 +59,7 @@ CaseName = Literal["convnet", "mlp-64", "mlp-512", "transformer", "noise"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(options.Output):
+class Options(Output):
     """Times whole training steps: plain, by SAM and by NSO; in JAX and in PyTorch.
 
     Attributes:
@@ -67,7 +68,7 @@ class Options(options.Output):
     """
 
     cases: tuple[CaseName, ...] = get_args(CaseName)
-    repetitions: options.OwnCount = None
+    repetitions: OwnCount = None
 
 
 def run(options: Options, progress: Progress) -> dict[str, Any]:

@@ -20,7 +20,8 @@ from benchmarks.curvature.libraries import (
     PYHESSIAN,
 )
 from benchmarks.curvature.trained_networks import Case, NetworkName
-from benchmarks.kit import options, plots, timing
+from benchmarks.kit import plots, timing
+from benchmarks.kit.options import Output, OwnCount
 from benchmarks.training import methods
 
 TASKS = {"trace": "trace", "eigenvalues": "top 5"}
@@ -38,7 +39,7 @@ MARKERS = {"xtrace": "o", "hutch++": "s"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(options.Output):
+class Options(Output):
     """Times a trace and the top eigenvalues to a given true error: nso_jax, PyHessian, curvlinops.
 
     Attributes:
@@ -48,8 +49,8 @@ class Options(options.Output):
     """
 
     networks: tuple[NetworkName, ...] = get_args(NetworkName)
-    seeds: options.OwnCount = None
-    repetitions: options.OwnCount = None
+    seeds: OwnCount = None
+    repetitions: OwnCount = None
 
 
 def run(options: Options, progress: Progress) -> dict[str, Any]:

@@ -16,9 +16,10 @@ from jax.flatten_util import ravel_pytree
 from matplotlib.figure import Figure
 from rich.progress import Progress
 
-from benchmarks.kit import options, plots, tables
+from benchmarks.kit import plots, tables
 from benchmarks.kit.journal import Journal
-from benchmarks.quality import comparison, images
+from benchmarks.kit.options import Count
+from benchmarks.quality import comparison, comparison_table, images
 from benchmarks.quality.comparison import Knobs, Problem
 from benchmarks.tasks import augmentation
 from benchmarks.training import loop, measuring, methods
@@ -93,8 +94,8 @@ class Options(images.Options):
     """
 
     choices: tuple[Choice, ...] = get_args(Choice)
-    gradients: options.Count = 240
-    points: options.Count = 1
+    gradients: Count = 240
+    points: Count = 1
     rate: float = 0.05
     weight_decay: float = 5e-3
     work: Path = Path("runs/ablate")
@@ -308,7 +309,7 @@ def _row(variant: dict[str, Any], results: dict[str, Any]) -> list[str]:
         variant["value"],
         f"{results['settings']['gradients'] // variant['gradients_per_step']}",
         tables.number(variant["noise"]),
-        *comparison.cells(runs),
+        *comparison_table.cells(runs),
     ]
 
 

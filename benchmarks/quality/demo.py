@@ -1,6 +1,5 @@
 """Trains a small network by each method at the same cost, and measures where that led."""
 
-import dataclasses
 import functools
 import itertools
 import json
@@ -10,49 +9,25 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any
 
 from flax import nnx
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks.kit import options, plots, report, tables
+from benchmarks.kit import plots, report, tables
 from benchmarks.kit.files import UserError, read_file, write_files
 from benchmarks.kit.journal import Journal
+from benchmarks.quality import demo_options
+from benchmarks.quality.demo_options import METHODS, Options
 from benchmarks.tasks import checkpoints, data
 from benchmarks.tasks.checkpoints import Metadata
 from benchmarks.tasks.data import Examples
 from benchmarks.tasks.models import ConvNet
-from benchmarks.training import loop, measuring, methods
-from benchmarks.training.loop import Settings, Task
+from benchmarks.training import loop, measuring
+from benchmarks.training.loop import Task
 from benchmarks.training.measuring import Gauge
-from benchmarks.training.methods import Method
-
-NUM_TRAIN, BATCH_SIZE = 400, 50
-
-
-class Size(NamedTuple):
-    """How large a run is.
-
-    Attributes:
-        seeds: Trainings of each method.
-        steps: Steps of two gradient evaluations.
-        num_points: Of each curve.
-        point_products: Hessian-vector products for a trace, at each point.
-        final_products: The same at the end.
-    """
-
-    seeds: int
-    steps: int
-    num_points: int
-    point_products: int
-    final_products: int
-
-
-# The quick one is over in a minute or so on two cores. Its steps cannot be far fewer: with half of the full
-# one's, SAM has not learnt the wrong labels yet and noise not the right ones.
-QUICK, FULL = Size(3, 900, 5, 8, 20), Size(5, 1200, 10, 10, 50)
 
 PUBLISHED = {
     "results.json": "demo.json",
@@ -62,7 +37,6 @@ PUBLISHED = {
     "nso.safetensors": "demo-nso.safetensors",
 }
 
-MethodName = Literal["sgd", "sam", "wp-sgd", "nso"]
 
 HEADERS: tuple[str, ...] = (
     "method",
@@ -73,127 +47,6 @@ HEADERS: tuple[str, ...] = (
     "largest eigenvalue",
     "seconds",
 )
-
-
-class Tuned(NamedTuple):
-    """A method, and how it is used here.
-
-    Attributes:
-        words: What it is, for somebody who does not know its name.
-        method: The method.
-        learning_rate: Where it starts.
-        strength: Of the method.
-        compiling: Seconds that it takes on one core.
-        gradient: Seconds of a gradient evaluation.
-    """
-
-    words: str
-    method: Method
-    learning_rate: float
-    strength: float = 0.0
-    compiling: float = 3.0
-    gradient: float = 1e-3
-
-
-# Picked by the accuracy on the validation images, a mean over the seeds 100 to 104. SGD came first: learning
-# rate of .05, .1, .2 and WEIGHT_DECAY, which all methods share, of 2e-3, 5e-3, 1e-2 (its three best tied, and
-# the seeds to 114 decided). Then the other three on one grid: learning rate of .05, .1 and rho or sigma of
-# .02, .05, .1, .2, .5, though not beyond a value with which nothing was learnt.
-WEIGHT_DECAY = 5e-3
-METHODS: dict[str, Tuned] = {
-    "sgd": Tuned("plain training with momentum", methods.METHODS["sgd"], 0.1, 0.0, 5.0, 0.8e-3),
-    "sam": Tuned("sharpness-aware minimization", methods.METHODS["sam"], 0.05, 0.2, 2.0, 0.8e-3),
-    "wp-sgd": Tuned(
-        "weight noise, one-sided", methods.nso(antithetic=False, num_samples=2), 0.05, 0.1, 3.5, 2.5e-3
-    ),
-    "nso": Tuned("weight noise in pairs, W + U and W - U", methods.METHODS["nso"], 0.05, 0.1, 3.0, 0.9e-3),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """Trains a small network on digits by each method at the same cost, and measures where that led.
-
-    Attributes:
-        methods: What to compare.
-        full: The run that the published figures are of, in two to three minutes instead of one.
-        seeds: Trainings of each method: 3 by default, 5 of a full run.
-        steps: Steps of two gradient evaluations (sgd: twice as many of one): 900 by default, 1200 of a full
-            run.
-        wrong_labels: Share of the training labels made wrong.
-        out: Output folder: runs/demo by default, runs/demo-full of a full run. What a run leaves as it goes
-            is in its folder `work`.
-        resume: Go on with the run in that folder, from where it was stopped.
-    """
-
-    methods: tuple[MethodName, ...] = get_args(MethodName)
-    full: bool = False
-    seeds: options.OwnCount = None
-    steps: options.OwnCount = None
-    wrong_labels: options.Share = 0.2
-    out: Path | None = None
-    resume: bool = False
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Of the methods, each once."""
-        return tuple(dict.fromkeys(self.methods))
-
-    @property
-    def size(self) -> Size:
-        """How large the run is."""
-        size = FULL if self.full else QUICK
-        return size._replace(seeds=self.seeds or size.seeds, steps=self.steps or size.steps)
-
-    @property
-    def folder(self) -> Path:
-        """The output folder."""
-        return self.out or Path("runs/demo-full" if self.full else "runs/demo")
-
-    @property
-    def work(self) -> Path:
-        """The folder for what a run leaves as it goes."""
-        return self.folder / "work"
-
-    @property
-    def gradients(self) -> int:
-        """Evaluated in each training, whatever the method."""
-        return 2 * self.size.steps
-
-    def training(self, name: str, seed: int) -> Settings:
-        """Those of one training."""
-        tuned = METHODS[name]
-        return Settings(
-            self.gradients,
-            tuned.learning_rate,
-            WEIGHT_DECAY,
-            tuned.strength,
-            seed=seed,
-            num_points=self.size.num_points,
-        )
-
-    def settings(self) -> dict[str, Any]:
-        """What somebody needs to know to repeat the run, ready for JSON."""
-        tuned = {name: METHODS[name] for name in self.names}
-        return {
-            "methods": self.names,
-            "seeds": self.size.seeds,
-            "steps": self.size.steps,
-            "num_train": NUM_TRAIN,
-            "wrong_labels": self.wrong_labels,
-            "batch_size": BATCH_SIZE,
-            "num_points": self.size.num_points,
-            "point_products": self.size.point_products,
-            "final_products": self.size.final_products,
-            "num_test": data.NUM_TEST,
-            "gradient_evaluations": self.gradients,
-            "momentum": methods.MOMENTUM,
-            "weight_decay": WEIGHT_DECAY,
-            "learning_rate": {name: each.learning_rate for name, each in tuned.items()},
-            "strength": {name: each.strength for name, each in tuned.items()},
-            "gradients_per_step": {name: each.method.gradients_per_step for name, each in tuned.items()},
-            "slice_distances": measuring.SLICE_DISTANCES,
-        }
 
 
 def measure(options: Options) -> dict[str, str | bytes]:
@@ -233,7 +86,7 @@ def published(folder: Path) -> dict[str, bytes]:
     """
     contents = {new: read_file(folder / old) for old, new in PUBLISHED.items()}
     settings = json.loads(contents["demo.json"])["settings"]
-    if tuple(settings[name] for name in Size._fields) != FULL:
+    if tuple(settings[name] for name in demo_options.Size._fields) != demo_options.FULL:
         raise UserError(
             f"{folder} has a quick demo: `python -m benchmarks demo --full` makes what is published"
         )
@@ -264,7 +117,7 @@ def run(options: Options, progress: Progress) -> dict[str, Any]:
     )
     last = len(options.names) + 1
     tell(
-        f"{size.seeds} trainings by each of {len(options.names)} methods, on {NUM_TRAIN} digits, "
+        f"{size.seeds} trainings by each of {len(options.names)} methods, on {settings['num_train']} digits, "
         f"{100 * options.wrong_labels:.0f} % of them with a wrong label; {left} left.\n"
         f"Of each you read how many of {data.NUM_TEST:,} test digits it gets right, and the Hessian's trace: "
         "small is flat."
@@ -301,9 +154,14 @@ def make_task(wrong_labels: float) -> Task:
     """The digits of each seed, and the network that learns them."""
 
     def batches(seed: int, first: int) -> Iterator[Examples]:
-        return data.batches(data.digits(seed, NUM_TRAIN, wrong_labels).train, BATCH_SIZE, seed, first)
+        return data.batches(
+            data.digits(seed, demo_options.NUM_TRAIN, wrong_labels).train,
+            demo_options.BATCH_SIZE,
+            seed,
+            first,
+        )
 
-    return Task(lambda seed: ConvNet(rngs=nnx.Rngs(seed)), batches, NUM_TRAIN)
+    return Task(lambda seed: ConvNet(rngs=nnx.Rngs(seed)), batches, demo_options.NUM_TRAIN)
 
 
 def rows(results: dict[str, Any]) -> list[list[str]]:
@@ -396,7 +254,7 @@ def _train(
 ) -> dict[str, Any]:
     """Trains once and measures on the way and at the end."""
     method, settings = METHODS[name].method, options.training(name, seed)
-    split = data.digits(seed, NUM_TRAIN, options.wrong_labels)
+    split = data.digits(seed, demo_options.NUM_TRAIN, options.wrong_labels)
 
     def advance(gradients: float) -> None:
         left.advance(gradients * METHODS[name].gradient)
@@ -409,7 +267,7 @@ def _train(
     )
     if seed == 0:
         steps = loop.num_steps(method, options.gradients)
-        metadata = Metadata(ConvNet.__name__, name, seed, steps, NUM_TRAIN, options.wrong_labels)
+        metadata = Metadata(ConvNet.__name__, name, seed, steps, demo_options.NUM_TRAIN, options.wrong_labels)
         write_files({options.work / _file(name): checkpoints.save(model, metadata)})
     return {
         "evaluations": curve[-1]["evaluations"],

@@ -14,12 +14,12 @@ import safetensors.numpy
 from flax import nnx
 from rich.progress import Progress
 
-from benchmarks.kit import options
 from benchmarks.kit.files import UserError, read_file, write_files
 from benchmarks.kit.journal import Journal
-from benchmarks.quality import comparison
+from benchmarks.kit.options import Count
+from benchmarks.quality import comparison, comparison_table
 from benchmarks.quality.comparison import Problem, Split
-from benchmarks.tasks import augmentation, checkpoints, data, models
+from benchmarks.tasks import augmentation, checkpoints, data, models, parquet
 from benchmarks.tasks.data import Examples
 from benchmarks.training import loop
 from benchmarks.training.loop import Task
@@ -34,7 +34,7 @@ MLP_STRENGTHS = {"nso": (0.01, 0.02, 0.05, 0.1), "asam": (0.5, 1.0, 2.0, 4.0)} |
 )
 DIGITS_TRAIN = 797  # of 1,797: those that are not for the test
 
-HEADERS, rows, plot = comparison.HEADERS, comparison.rows, comparison.plot
+HEADERS, rows, plot = comparison_table.HEADERS, comparison_table.rows, comparison_table.plot
 
 NetworkName = Literal["small-resnet", "resnet18", "vit", "mlp"]
 
@@ -56,9 +56,9 @@ class Options(comparison.Options):
     data: str | None = None
     network: NetworkName = "small-resnet"
     scratch: bool = False
-    per_class: options.Count = 20
-    validation_images: options.Count = 1000
-    pretraining_epochs: options.Count = 20
+    per_class: Count = 20
+    validation_images: Count = 1000
+    pretraining_epochs: Count = 20
     augment: augmentation.Name = "none"
     work: Path = Path("runs/images")
 
@@ -132,7 +132,7 @@ def caption(results: dict[str, Any]) -> str:
     told = [settings["network"], results["data"]["name"]]
     if settings["augment"] != "none":
         told.append(f"images changed by {settings['augment']}")
-    return f"{start} ({', '.join(told)}). {comparison.caption(results)}"
+    return f"{start} ({', '.join(told)}). {comparison_table.caption(results)}"
 
 
 def _load(options: Options) -> tuple[str, list[Pool]]:
@@ -153,7 +153,7 @@ def _images(source: str | None, num_digits: int) -> tuple[Examples, Examples]:
     if source is None:
         digits = data.digits(0, num_digits)
         return digits.train, digits.test
-    train, test, _ = data.load_images(source)
+    train, test, _ = parquet.load_images(source)
     return train, test
 
 

@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from rich.progress import Progress
 
 import nso_jax
-from benchmarks.kit import options, plots, tables
+from benchmarks.kit import plots, tables
+from benchmarks.kit.options import Count, Output
 
 # The paper's problem: Zhang, Li and Ju, Noise Stability Optimization, arXiv 2306.08553.
 SIZE, RANK, NUM_MEASUREMENTS = 100, 5, 2500
@@ -67,7 +68,7 @@ MethodName = Literal["gd", "one-sided", "two-sided", "two-sided, slow"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(options.Output):
+class Options(Output):
     """Looks for a matrix of low rank by few measurements of it.
 
     Attributes:
@@ -76,7 +77,7 @@ class Options(options.Output):
     """
 
     methods: tuple[MethodName, ...] = get_args(MethodName)
-    seeds: options.Count = 5
+    seeds: Count = 5
 
 
 def run(options: Options, progress: Progress) -> dict[str, Any]:

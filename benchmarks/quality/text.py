@@ -10,11 +10,11 @@ import numpy as np
 from flax import nnx
 from rich.progress import Progress
 
-from benchmarks.kit import options
 from benchmarks.kit.journal import Journal
-from benchmarks.quality import comparison
+from benchmarks.kit.options import Count
+from benchmarks.quality import comparison, comparison_table
 from benchmarks.quality.comparison import Problem, Split
-from benchmarks.tasks import bert, data
+from benchmarks.tasks import bert, data, parquet, pretrained
 from benchmarks.tasks.data import Examples
 from benchmarks.training.loop import Task
 from benchmarks.training.methods import Name, adamw
@@ -28,7 +28,7 @@ STRENGTHS = {
     "nso-micro": (0.03, 0.1, 0.2),
     "wp-micro": (0.03, 0.1, 0.2),
 }
-HEADERS, rows, plot = comparison.HEADERS, comparison.rows, comparison.plot
+HEADERS, rows, plot = comparison_table.HEADERS, comparison_table.rows, comparison_table.plot
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,19 +47,19 @@ class Options(comparison.Options):
 
     data: str
     model: str | None = None
-    length: options.Count = 32
-    per_class: options.Count = 32
-    validation_texts: options.Count = 200
-    test_texts: options.Count = 500
+    length: Count = 32
+    per_class: Count = 32
+    validation_texts: Count = 200
+    test_texts: Count = 500
     dropout: bool = False
     methods: tuple[Name, ...] = ("adam", "sam", "nso", "nso-micro")
-    gradients: options.Count = 64
-    batch_size: options.Count = 16
+    gradients: Count = 64
+    batch_size: Count = 16
     rates: tuple[float, ...] = (1e-4,)
     weight_decays: tuple[float, ...] = (0.0, 1e-2, 1e-1)
-    points: options.Count = 1
-    point_products: options.Count = 4
-    final_products: options.Count = 8
+    points: Count = 1
+    point_products: Count = 4
+    final_products: Count = 8
     # XTrace keeps 16 bytes for each weight and product, and of these weights there are 22 million.
     trace_method: Literal["xtrace", "hutchinson"] = "hutchinson"
     eigenvalue_tol: float = 1e-2
@@ -86,8 +86,8 @@ def run(options: Options, progress: Progress) -> dict[str, Any]:
 
 def make_problem(options: Options) -> Problem:
     """The few texts of each seed, and the encoder to start from with a fresh head."""
-    texts = data.load_text(options.data)
-    encoder = bert.load(options.model, dropout=options.dropout)
+    texts = parquet.load_text(options.data)
+    encoder = pretrained.load(options.model, dropout=options.dropout)
     pool, test = (_tokenized(part, options) for part in (texts.train, texts.test))
     num_classes = int(np.max(pool.labels)) + 1
 
@@ -112,10 +112,10 @@ def caption(results: dict[str, Any]) -> str:
     """What the table shows, in a few sentences."""
     settings = results["settings"]
     return (
-        f"A pretrained encoder ({settings['model'] or bert.PACKAGE}), fine-tuned on texts of at most "
-        f"{settings['length']} tokens. {comparison.caption(results)}"
+        f"A pretrained encoder ({settings['model'] or pretrained.PACKAGE}), fine-tuned on texts of at most "
+        f"{settings['length']} tokens. {comparison_table.caption(results)}"
     )
 
 
 def _tokenized(texts: Examples, options: Options) -> Examples:
-    return texts._replace(inputs=bert.tokenize(texts.inputs, options.model, options.length))
+    return texts._replace(inputs=pretrained.tokenize(texts.inputs, options.model, options.length))

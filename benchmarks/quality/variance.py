@@ -1,43 +1,20 @@
 """Fresh noise for each part of a batch: what it does to the gradient's variance, and what that is worth."""
 
-import dataclasses
 import functools
-import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax.flatten_util import ravel_pytree
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.progress import Progress
 
-import nso_jax
-from benchmarks.kit import options, plots
-from benchmarks.tasks import data, models
-from benchmarks.tasks.data import Examples, Split
-from benchmarks.training import loop, measuring
-from benchmarks.training.loop import Settings, Task
-from benchmarks.training.measuring import Gauge, Network
-from benchmarks.training.methods import METHODS, MOMENTUM, Method, nso
-from nso_jax import noise, parallel
-from nso_jax.noise import Sigma
-
-MEASURED_WIDTHS = (64, 64, 10)
-PARTS = (1, 2, 4, 8)
-REFERENCE_DRAWS = 4  # times as many for what the other variances are divided by
-NUM_EXAMPLES = 512
-WARM_UP_STEPS = 100
-WARM_UP_RATE = 0.1
-
-TRAINED_WIDTHS = (64, 128, 128, 10)
-BATCH_SIZE = 64
-NUM_PRODUCTS = 100
+from benchmarks.kit import plots
+from benchmarks.quality import gradient_variance, microbatch_training
+from benchmarks.quality.microbatch_training import Options
+from benchmarks.tasks import data
+from benchmarks.training.methods import MOMENTUM
 
 CASE_COLOURS = (plots.BLUE, plots.VERMILLION, plots.PURPLE)
 COUNT_COLOURS = (plots.SKY, plots.GREEN, plots.BLUE)
@@ -52,80 +29,6 @@ HEADERS = (
     "Hessian trace",
 )
 
-Loss = Callable[[nnx.State, Examples], jax.Array]
-Flat = Callable[[jax.Array, nnx.State, Examples], jax.Array]
-
-
-class Case(NamedTuple):
-    """A noise whose variance is measured.
-
-    Attributes:
-        sigma: The noise.
-        num_distinct: How many of the examples differ. With an eighth of them, all parts have the same.
-    """
-
-    sigma: Sigma
-    num_distinct: int = NUM_EXAMPLES
-
-
-class Digits(NamedTuple):
-    """Digits to learn, and what all methods have in common.
-
-    Attributes:
-        num_train: Images to train on.
-        wrong_labels: The share of them with a wrong label.
-        learning_rate: Where the cosine schedule starts.
-        weight_decay: That of each method.
-    """
-
-    num_train: int
-    wrong_labels: float
-    learning_rate: float
-    weight_decay: dict[str, float]
-
-
-class Estimate(NamedTuple):
-    """A figure and its standard error."""
-
-    value: float
-    standard_error: float
-
-
-CASES = {
-    "relative 0.8": Case(noise.relative(0.8)),
-    "sigma 0.05": Case(0.05),
-    "0.05, same digits": Case(0.05, num_distinct=NUM_EXAMPLES // max(PARTS)),
-}
-
-# Picked by the accuracy on the validation images, a mean over the seeds 100 to 109. SGD: learning rates of
-# .05, .1, .2, .4 with weight decays from 0 to 5e-2. SAM, and NSO with 1, 4 and 16 microbatches: these rates
-# with one weight decay and three weight decays with one rate, each with several of RHOS or SCALES. Methods
-# share a value where no other was better by more than .3 points.
-TASKS = {
-    "right": Digits(200, 0.0, learning_rate=0.1, weight_decay={"sgd": 1e-3, "sam": 1e-3, "nso": 1e-3}),
-    "20 % wrong": Digits(400, 0.2, learning_rate=0.1, weight_decay={"sgd": 2e-2, "sam": 5e-3, "nso": 5e-3}),
-}
-RHOS = (0.1, 0.2, 0.35, 0.5, 0.7)
-Microbatches = Literal[1, 4, 16]
-SCALES = (0.5, 0.65, 0.8, 1.0)
-
-
-@dataclasses.dataclass(frozen=True)
-class Options(options.Output):
-    """Measures the variance of the averaged gradient, and trains with fresh noise for parts of a batch.
-
-    Attributes:
-        draws: Gradients that a variance is estimated from.
-        seeds: Trainings of each kind.
-        steps: Steps of two gradients (sgd: twice as many of one).
-        microbatches: Numbers of parts to train with.
-    """
-
-    draws: Annotated[int, options.at_least(2)] = 400
-    seeds: options.Count = 5
-    steps: options.Count = 600
-    microbatches: tuple[Microbatches, ...] = get_args(Microbatches)
-
 
 def run(options: Options, progress: Progress) -> dict[str, Any]:
     """Measures the variance of the gradient's estimate, and trains with estimates that differ in it.
@@ -137,30 +40,32 @@ def run(options: Options, progress: Progress) -> dict[str, Any]:
     Returns:
         All figures, ready for JSON.
     """
-    methods = _methods(options.microbatches)
-    trainings = len(TASKS) * options.seeds * sum(len(method.strengths) for method in methods.values())
-    shown = progress.add_task("variance", total=2 * len(CASES) * len(PARTS) + trainings)
+    methods = microbatch_training.compared(options.microbatches)
+    estimates = 2 * len(gradient_variance.CASES) * len(gradient_variance.PARTS)
+    strengths = sum(len(method.strengths) for method in methods.values())
+    trainings = len(microbatch_training.TASKS) * options.seeds * strengths
+    shown = progress.add_task("variance", total=estimates + trainings)
     advance = functools.partial(progress.advance, shown)
     settings = {
         "draws": options.draws,
-        "reference_draws": REFERENCE_DRAWS * options.draws,
+        "reference_draws": gradient_variance.REFERENCE_DRAWS * options.draws,
         "seeds": options.seeds,
         "microbatches": list(options.microbatches),
         "gradient_evaluations": 2 * options.steps,
-        "batch_size": BATCH_SIZE,
+        "batch_size": microbatch_training.BATCH_SIZE,
         "momentum": MOMENTUM,
-        "measured_widths": list(MEASURED_WIDTHS),
-        "trained_widths": list(TRAINED_WIDTHS),
-        "num_examples": NUM_EXAMPLES,
-        "warm_up_steps": WARM_UP_STEPS,
+        "measured_widths": list(gradient_variance.MEASURED_WIDTHS),
+        "trained_widths": list(microbatch_training.TRAINED_WIDTHS),
+        "num_examples": gradient_variance.NUM_EXAMPLES,
+        "warm_up_steps": gradient_variance.WARM_UP_STEPS,
         "num_test": data.NUM_TEST,
-        "products": NUM_PRODUCTS,
-        "tasks": {name: digits._asdict() for name, digits in TASKS.items()},
+        "products": microbatch_training.NUM_PRODUCTS,
+        "tasks": {name: digits._asdict() for name, digits in microbatch_training.TASKS.items()},
     }
     return {
         "settings": settings,
-        "variance": list(_variances(options.draws, advance)),
-        "training": list(_trainings(methods, options, advance)),
+        "variance": list(gradient_variance.relative_variances(options.draws, advance)),
+        "training": list(microbatch_training.trainings(methods, options, advance)),
     }
 
 
@@ -241,161 +146,6 @@ def plot_accuracy(results: dict[str, Any]) -> bytes:
         fontsize="large",
     )
     return plots.finish(figure, panels[0], columns=3)
-
-
-def _variances(draws: int, advance: Callable[[], None]) -> Iterator[dict[str, Any]]:
-    """Of each case, the variance for each number of parts, over that for one, times the parts."""
-    examples = data.digits(0, NUM_EXAMPLES).train
-    loss, params = models.pure_loss(_warmed_up(examples))
-    seeds = itertools.count()
-    for name, case in CASES.items():
-        one: Estimate | None = None
-        for parts in PARTS:
-            figures = {}
-            for kind, gradient in _divided(loss, case.sigma, parts).items():
-                batch = _batch(examples, case.num_distinct, kind)
-                count = draws if one else REFERENCE_DRAWS * draws
-                keys = jax.random.split(jax.random.key(next(seeds)), count)
-                # Fetched one by one: with many steps under way simulated devices can starve each other.
-                gradients = [np.asarray(gradient(key, params, batch)) for key in keys]
-                estimate = _variance(np.stack(gradients))
-                one = one or estimate
-                figures[kind] = _times_parts(estimate, one, parts)._asdict()
-                advance()
-            yield {"case": name, "parts": parts, **figures}
-
-
-@functools.cache
-def _divided(loss: Loss, sigma: Sigma, parts: int) -> dict[str, Flat]:
-    """The gradient as one vector, averaged over microbatches or devices. Cases share what is compiled."""
-    mesh = jax.make_mesh(
-        (parts,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:parts]
-    )
-    gradients = {
-        "microbatches": parallel.microbatch(nso_jax.value_and_grad(loss, sigma=sigma), parts),
-        "devices": parallel.value_and_grad(loss, sigma=sigma, mesh=mesh),
-    }
-    return {
-        kind: jax.jit(lambda *args, fn=fn: ravel_pytree(fn(*args)[1])[0]) for kind, fn in gradients.items()
-    }
-
-
-def _batch(examples: Examples, num_distinct: int, kind: str) -> Examples:
-    """The first examples, copied so that each part has all of them: a part is every m-th one, or a block."""
-    copies = NUM_EXAMPLES // num_distinct
-
-    def copy(x: Any) -> jax.Array:
-        distinct = jnp.asarray(x)[:num_distinct]
-        return (
-            jnp.repeat(distinct, copies, axis=0)
-            if kind == "microbatches"
-            else jnp.concatenate(copies * [distinct])
-        )
-
-    return jax.tree.map(copy, examples)
-
-
-def _variance(gradients: np.ndarray) -> Estimate:
-    """The variance over the first axis, summed over the weights."""
-    count, mean = len(gradients), gradients.mean(axis=0)
-    squares = np.array([np.sum(np.square(x - mean)) for x in gradients]) * count / (count - 1)
-    return Estimate(float(squares.mean()), float(squares.std(ddof=1)) / math.sqrt(count))
-
-
-def _times_parts(estimate: Estimate, one: Estimate, parts: int) -> Estimate:
-    value = parts * estimate.value / one.value
-    if estimate is one:
-        return Estimate(value, 0.0)
-    relative = (figure.standard_error / figure.value for figure in (estimate, one))
-    return Estimate(value, value * math.hypot(*relative))
-
-
-def _warmed_up(examples: Examples) -> nnx.Module:
-    """A network after some plain steps on all examples."""
-    task = Task(_model(MEASURED_WIDTHS), lambda *_: itertools.repeat(examples), NUM_EXAMPLES)
-    return loop.train(task, METHODS["sgd"], Settings(WARM_UP_STEPS, WARM_UP_RATE)).model
-
-
-def _model(widths: tuple[int, ...]) -> Callable[[int], models.MLP]:
-    return lambda seed: models.MLP(widths, rngs=nnx.Rngs(seed))
-
-
-def _methods(microbatches: Sequence[int]) -> dict[tuple[str, int], Method]:
-    """The methods by name and number of microbatches, which is 0 without noise."""
-    return {
-        ("sgd", 0): METHODS["sgd"],
-        ("sam", 0): METHODS["sam"]._replace(strengths=RHOS),
-        **{
-            ("nso", count): nso(relative=True, num_microbatches=count, strengths=SCALES)
-            for count in dict.fromkeys(microbatches)
-        },
-    }
-
-
-def _trainings(
-    methods: dict[tuple[str, int], Method], options: Options, advance: Callable[[], None]
-) -> Iterator[dict[str, Any]]:
-    """What each method reaches on each task, at each strength."""
-    gauge = measuring.gauge(measuring.split_network(_model(TRAINED_WIDTHS)(0))[0])
-    for task_name, digits in TASKS.items():
-        splits = [data.digits(seed, digits.num_train, digits.wrong_labels) for seed in range(options.seeds)]
-        task = _task(splits, digits.num_train)
-        for (name, count), method in methods.items():
-            settings = Settings(2 * options.steps, digits.learning_rate, digits.weight_decay[name])
-            train = functools.partial(_train, task=task, method=method, settings=settings, advance=advance)
-            for row in _sweep(train, method.strengths, splits, gauge):
-                yield {"task": task_name, "method": name, "num_microbatches": count, **row}
-
-
-def _task(splits: list[Split], num_train: int) -> Task:
-    """That of the seeds with these splits."""
-
-    def batches(seed: int, first: int) -> Iterator[Examples]:
-        return data.batches(splits[seed].train, BATCH_SIZE, seed, first)
-
-    return Task(_model(TRAINED_WIDTHS), batches, num_train)
-
-
-def _train(
-    strength: float,
-    seed: int,
-    *,
-    task: Task,
-    method: Method,
-    settings: Settings,
-    advance: Callable[[], None],
-) -> Network:
-    settings = dataclasses.replace(settings, strength=strength, seed=seed)
-    model = loop.train(task, method, settings).model
-    advance()
-    return measuring.split_network(model)[1]
-
-
-def _sweep(
-    train: Callable[[float, int], Network], strengths: tuple[float, ...], splits: list[Split], gauge: Gauge
-) -> list[dict[str, Any]]:
-    """For each strength the accuracies by seed; for that of the best validation accuracy the traces too."""
-    networks: dict[float, list[Network]] = {}
-    swept: list[dict[str, Any]] = []
-    for strength in strengths:
-        networks[strength] = [train(strength, seed) for seed in range(len(splits))]
-        swept.append({"strength": strength, **_accuracies(gauge, networks[strength], splits)})
-    best = max(swept, key=lambda row: statistics.mean(row["validation_accuracy"]))
-    best["trace"] = _traces(gauge, networks[best["strength"]], splits)
-    return [{"best": row is best, **row} for row in swept]
-
-
-def _accuracies(gauge: Gauge, networks: list[Network], splits: list[Split]) -> dict[str, Any]:
-    def on(part: str) -> list[float]:
-        pairs = zip(networks, splits, strict=True)
-        return [float(gauge.accuracy(net.params, (getattr(split, part), net.rest))) for net, split in pairs]
-
-    return {"validation_accuracy": on("validation"), "test_accuracy": on("test")}
-
-
-def _traces(gauge: Gauge, networks: list[Network], splits: list[Split]) -> list[float]:
-    pairs = zip(networks, splits, strict=True)
-    return [measuring.measure_point(gauge, net, split, NUM_PRODUCTS)["trace"] for net, split in pairs]
 
 
 def _gains(results: dict[str, Any]) -> str:

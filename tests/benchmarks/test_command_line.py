@@ -12,8 +12,8 @@ import pytest
 from benchmarks import __main__ as cli
 from benchmarks import registry
 from benchmarks.cost import jax_steps, memory, rivals, step_cost
-from benchmarks.curvature import peers
-from benchmarks.quality import demo, matrix_sensing, robustness
+from benchmarks.curvature import trained_networks
+from benchmarks.quality import demo, demo_options, matrix_sensing, robust_training
 from benchmarks.registry import ROOMS, STUDIES
 
 ROOT = Path(__file__).parents[2]
@@ -146,14 +146,14 @@ def test_ctrl_c_leaves_one_line_and_no_folder(monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("choices", "known"),
     [
-        (demo.MethodName, demo.METHODS),
+        (demo_options.MethodName, demo_options.METHODS),
         (step_cost.CaseName, (*jax_steps.CASES, step_cost.NOISE)),
         (memory.CaseName, memory.CASES),
         (memory.NumSamples, memory.SAMPLES),
         (rivals.CaseName, rivals.CASES),
-        (peers.NetworkName, peers.NETWORKS),
+        (trained_networks.NetworkName, trained_networks.NETWORKS),
         (matrix_sensing.MethodName, matrix_sensing.METHODS),
-        (robustness.MethodName, tuple(robustness.METHODS)[1:]),
+        (robust_training.MethodName, tuple(robust_training.METHODS)[1:]),
     ],
 )
 def test_the_command_line_knows_all_choices(choices, known):

@@ -12,8 +12,8 @@ from typing import Any
 
 from rich.progress import Progress
 
-from benchmarks.kit import options
 from benchmarks.kit.files import ROOT, UserError
+from benchmarks.kit.options import Count, Output
 from tests.reliability import determinism, installation, kills, nonfinite, round_trips, soak
 from tests.reliability.outcome import Advance, Trials
 
@@ -37,7 +37,7 @@ HEADERS: tuple[str, ...] = ("fault or input", "times tried", "survived", "lost")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(options.Output):
+class Options(Output):
     """Tries faults and odd inputs, and counts what is lost.
 
     Attributes:
@@ -47,9 +47,9 @@ class Options(options.Output):
         profile: Of the property tests: `test` has 200 inputs and 100 meshes, `nightly` 2,000 of each.
     """
 
-    times: options.Count = 20
-    seeds: options.Count = 3
-    steps: options.Count = 10_000
+    times: Count = 20
+    seeds: Count = 3
+    steps: Count = 10_000
     profile: str = "nightly"
 
 

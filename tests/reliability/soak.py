@@ -14,7 +14,7 @@ import scipy.stats
 from flax import nnx
 
 from benchmarks.kit.files import ROOT
-from benchmarks.quality import demo
+from benchmarks.quality import demo, demo_options
 from benchmarks.tasks.data import Examples
 from benchmarks.training import loop
 from tests.reliability.outcome import Trials
@@ -61,7 +61,7 @@ def soak(num_steps: int) -> Soak:
     Args:
         num_steps: How many steps, of two gradients each.
     """
-    tuned = demo.METHODS["nso"]
+    tuned = demo_options.METHODS["nso"]
     method, rate, strength = tuned.method, tuned.learning_rate, tuned.strength
     task, process = demo.make_task(wrong_labels=0.2), psutil.Process()
     traced, done = 0, 0
@@ -83,7 +83,7 @@ def soak(num_steps: int) -> Soak:
             mebibytes.append(process.memory_info().rss / 2**20)
             arrays.append(len(jax.live_arrays()))
 
-    settings = loop.Settings(2 * num_steps, rate, demo.WEIGHT_DECAY, strength)
+    settings = loop.Settings(2 * num_steps, rate, demo_options.WEIGHT_DECAY, strength)
     loop.train(dataclasses.replace(task, loss=loss), method, settings, advance=after_step)
     return Soak(steps, mebibytes, arrays, traced)
 

@@ -10,10 +10,11 @@ from flax import nnx
 from rich.console import Console
 
 from benchmarks import __main__ as cli
+from benchmarks.curvature import figures
 from benchmarks.curvature import saved_network as command
 from benchmarks.kit import report
-from benchmarks.kit.files import UserError
-from benchmarks.quality import demo
+from benchmarks.kit.files import RESULTS, UserError
+from benchmarks.quality import demo, demo_options
 from benchmarks.tasks import checkpoints, data, models
 from benchmarks.training import measuring
 
@@ -30,12 +31,12 @@ def strict():
 def trained(tmp_path_factory):
     """A demo's output folder."""
     folder = tmp_path_factory.mktemp("demo")
-    size = demo.Size(seeds=2, steps=STEPS, num_points=1, point_products=4, final_products=4)
+    size = demo_options.Size(seeds=2, steps=STEPS, num_points=1, point_products=4, final_products=4)
     sizes = {"NUM_TRAIN": 40, "BATCH_SIZE": 20, "QUICK": size}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measuring, "SLICE_DISTANCES", {"random": [0.0], "eigenvector": [0.0]})
         for name, value in sizes.items():
-            patch.setattr(demo, name, value)
+            patch.setattr(demo_options, name, value)
         arguments = ["demo", "--methods", "nso", "--out", str(folder)]
         assert cli.main(arguments) == 0
     return folder
@@ -47,7 +48,7 @@ def output(trained, tmp_path_factory):
     sizes = ["--products", "4", "--eigenvalues", "2", "--probes", "2", "--steps", "4"]
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"NUM_SAMPLES": 4, "BOUND_PROBES": 2, "GRID_POINTS": 3, "TOLERANCE": 0.1}.items():
-            patch.setattr(command, name, value)
+            patch.setattr(figures, name, value)
         model = str(trained / "nso.safetensors")
         assert cli.main(["curvature", "--model", model, *sizes, "--out", str(folder)]) == 0
     return folder
@@ -235,7 +236,7 @@ def test_mistakes_are_told_in_one_line(arguments, message, network, tmp_path, ca
 
 
 def test_the_default_network_is_the_published_one():
-    assert cli.RESULTS / cli.PUBLISHED["nso.safetensors"] == command.Options().model
+    assert RESULTS / demo.PUBLISHED["nso.safetensors"] == command.Options().model
 
 
 @pytest.mark.parametrize(

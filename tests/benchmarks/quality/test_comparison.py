@@ -17,7 +17,7 @@ from rich.progress import Progress
 from benchmarks import __main__ as cli
 from benchmarks.kit import plots, tables
 from benchmarks.kit.journal import LINES, Journal
-from benchmarks.quality import ablate, comparison, images
+from benchmarks.quality import ablate, comparison, comparison_table, images
 from benchmarks.quality.comparison import Knobs, Options
 from benchmarks.tasks import checkpoints
 from benchmarks.training import loop
@@ -89,7 +89,7 @@ def fabricated():
 
 
 def test_claims_are_those_of_the_figures():
-    told = comparison.claims(fabricated())
+    told = comparison_table.claims(fabricated())
     assert "The Hessian trace, against that of asam" in told
     assert "nso 50 % lower (50 to 50)" in told
     assert "ahead of sam and sgd, seed by seed: nso -5.0 ± 0.0 and +15.0 ± 0.0." in told
@@ -111,7 +111,7 @@ def test_what_is_higher_and_what_is_lower_is_said_in_words(traces, told):
         for name, values in (("nso", traces), ("sam", (2.0, 2.0)))
         for trace in values
     ]
-    assert comparison._against({"runs": runs}, "nso", "sam", "trace") == told
+    assert comparison_table._against({"runs": runs}, "nso", "sam", "trace") == told
 
 
 def test_gradients_that_make_no_whole_steps_are_refused(tmp_path, capsys):

@@ -18,14 +18,14 @@ from benchmarks import publish
 from benchmarks.kit import report, tables
 from benchmarks.kit.files import RESULTS
 from benchmarks.kit.journal import Journal
-from benchmarks.quality import demo
+from benchmarks.quality import demo, demo_options
 from benchmarks.training import loop, measuring
 
 FILES = {"results.json", "table.md", "training.png", "surface.png"}
 NETWORKS = {f"{name}.safetensors" for name in demo.METHODS}
 LOADING = "Loading JAX and Flax ...\n"
 STEPS = 3
-FULL = demo.Size(seeds=2, steps=STEPS, num_points=10, point_products=4, final_products=4)
+FULL = demo_options.Size(seeds=2, steps=STEPS, num_points=10, point_products=4, final_products=4)
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +38,7 @@ def short():
     """The measuring of a real run would take most of the time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measuring, "SLICE_DISTANCES", {"random": [-1.0, 0.0, 1.0], "eigenvector": [-0.5, 0.5]})
-        patch.setattr(demo, "FULL", FULL)
+        patch.setattr(demo_options, "FULL", FULL)
         yield patch
 
 
@@ -91,7 +91,10 @@ def test_all_methods_evaluate_as_many_gradients(results):
 def test_a_step_evaluates_the_gradients_that_are_counted(name):
     """Counted in the compiled program: a gradient of the network has five convolutions (two forward,
     two for the kernels and one for the first layer's output)."""
-    method, settings = demo.METHODS[name].method, demo.Options(steps=STEPS).training(name, seed=0)
+    method, settings = (
+        demo.METHODS[name].method,
+        demo.Options(steps=STEPS).training(name, seed=0),
+    )
     task = demo.make_task(0.2)
     step = loop.compiled(task, method, settings.gradients, settings.schedule).step
     state = loop.initial_state(task, method, settings)
@@ -142,10 +145,10 @@ def test_a_quick_run_and_a_full_one_lie_apart():
     quick, full = demo.Options(), demo.Options(full=True)
     assert quick.folder != full.folder
     assert quick.folder.parts[0] == full.folder.parts[0] == "runs"
-    assert (quick.size, full.size) == (demo.QUICK, demo.FULL)
-    assert demo.Options(full=True, seeds=7, steps=9).size == demo.FULL._replace(seeds=7, steps=9)
+    assert (quick.size, full.size) == (demo_options.QUICK, demo_options.FULL)
+    assert demo.Options(full=True, seeds=7, steps=9).size == demo_options.FULL._replace(seeds=7, steps=9)
     published = json.loads((RESULTS / "demo.json").read_text())["settings"]
-    assert tuple(published[name] for name in demo.Size._fields) == demo.FULL
+    assert tuple(published[name] for name in demo_options.Size._fields) == demo_options.FULL
 
 
 def test_a_pipe_gets_lines_with_the_step_and_the_time_left(tmp_path, capsys):
@@ -195,7 +198,7 @@ def test_publish_copies_to_the_results_and_the_pages(output, results, tmp_path, 
         f"<!-- {name}-table --><!-- /{name}-table -->\n" for name in ("precision", "precision-figures")
     )
     other.write_text(marks)
-    monkeypatch.setattr(demo, "FULL", FULL)
+    monkeypatch.setattr(demo_options, "FULL", FULL)
     assert cli.main(["publish", "--out", str(output)]) == 0
     assert json.loads((tmp_path / "demo.json").read_text()) == results
     assert (tmp_path / "demo-surface.png").read_bytes() == (output / "surface.png").read_bytes()

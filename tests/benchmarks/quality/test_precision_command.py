@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks import __main__ as cli
-from benchmarks.quality import precision
+from benchmarks.quality import precision, rounding
 
 
 @pytest.fixture(autouse=True)
@@ -14,7 +14,7 @@ def strict():
 
 
 def test_the_documented_shares_of_weights_that_do_not_move():
-    shares = precision.still()
+    shares = rounding.still()
     assert shares["bfloat16"]["0.0001"] == pytest.approx(0.6, abs=5e-4)
     assert shares["bfloat16"]["0.001"] == pytest.approx(0.09, abs=5e-4)
     assert max(shares["float32"].values()) < 1e-4
@@ -26,9 +26,7 @@ def test_the_command_measures_every_mode_and_sigma(tmp_path):
     assert cli.main(["precision", *words]) == 0
     results = json.loads((tmp_path / "precision.json").read_text())
     records = results["records"]
-    assert (
-        len(records) == len(precision.rows(results)) == len(precision.MODES) * len(precision.TRAINED_SIGMAS)
-    )
+    assert len(records) == len(precision.rows(results)) == len(rounding.MODES) * len(precision.TRAINED_SIGMAS)
     for record in records:
         assert record["error"] < (3 if "bfloat16" in record["mode"] else 0.3)
         if record["sigma"]:

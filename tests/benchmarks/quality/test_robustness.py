@@ -20,8 +20,8 @@ from benchmarks import __main__ as cli
 from benchmarks.kit import report, tables
 from benchmarks.kit.files import RESULTS
 from benchmarks.kit.journal import Journal
-from benchmarks.quality import robustness
-from benchmarks.quality.robustness import METHODS
+from benchmarks.quality import robust_training, robustness
+from benchmarks.quality.robust_training import METHODS
 from benchmarks.tasks import attacks, augmentation, data, models
 from benchmarks.training import loop, methods
 from benchmarks.training.loop import Settings
@@ -187,13 +187,13 @@ def test_network_takes_any_shape_and_examples_do_not_mix(shape):
 @pytest.fixture(scope="module")
 def problem():
     """A hundred digits."""
-    return robustness._problems(robustness.Options(train_images=100))[0]
+    return robust_training.problems(robustness.Options(train_images=100))[0]
 
 
 def test_margin_is_positive_where_the_network_is_wrong(problem):
     model, examples = problem.task.model(3), problem.train
     logits = np.asarray(model(examples.inputs))
-    margins = robustness._margins(model, *examples)
+    margins = robust_training._margins(model, *examples)
     wrong = np.argmax(logits, axis=1) != examples.labels
     np.testing.assert_array_equal(margins > 0, wrong)
     rivals = logits.copy()
@@ -289,8 +289,8 @@ def test_without_strength_all_train_plainly(problem):
 @pytest.mark.parametrize("every", [1, 4])
 def test_budgets_are_equal(every):
     options = robustness.Options(methods=tuple(METHODS)[1:], penalty_every=every)
-    costs = {name: method.gradients_per_step for name, method in robustness._methods(options).items()}
-    for name, method in robustness._methods(options).items():
+    costs = {name: method.gradients_per_step for name, method in robust_training.compared(options).items()}
+    for name, method in robust_training.compared(options).items():
         assert 1000 - costs[name] < loop.num_steps(method, 1000) * costs[name] <= 1000
     assert costs["input-hessian"] == 1 + (METHODS["input-hessian"].gradients_per_step - 1) / every
     assert costs["nso"] == METHODS["nso"].gradients_per_step
@@ -340,7 +340,7 @@ def test_the_claim_is_said_in_the_caption():
         "pgd_difference_by_seed": [0.01, 0.014],
     }
     results = {
-        "settings": {"matched_within": 0.003, "methods": dict.fromkeys(robustness.RIVALS)},
+        "settings": {"matched_within": 0.003, "methods": dict.fromkeys(robust_training.RIVALS)},
         "claim": {"x": [pair | {"worth_taking": True}, pair | {"worth_taking": False}], "y": []},
     }
     told = robustness._claims(results)
@@ -384,9 +384,9 @@ def test_training_on_changed_images(name, few_strengths, tmp_path):
 @pytest.fixture
 def few_strengths(monkeypatch):
     few = {name: method._replace(strengths=method.strengths[:2]) for name, method in METHODS.items()}
-    monkeypatch.setattr(robustness, "METHODS", few)
-    monkeypatch.setattr(robustness, "COST_REPETITIONS", 1)
-    monkeypatch.setattr(robustness.timing, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(robust_training, "METHODS", few)
+    monkeypatch.setattr(robust_training, "COST_REPETITIONS", 1)
+    monkeypatch.setattr(robust_training.timing, "LEAST_SECONDS", 0.0)
 
 
 def run(folder, *arguments):
@@ -482,7 +482,7 @@ def test_published_results_are_read(name):
 def test_small_data_sets_are_mostly_for_training(total, train, validation, expected, folder):
     write_images(folder, train=total)
     options = robustness.Options(train_images=train, validation_images=validation, test_images=3)
-    problem = robustness._problem("x", str(folder), options)
+    problem = robust_training._problem("x", str(folder), options)
     assert (len(problem.train.labels), len(problem.validation.labels)) == expected
     assert len(problem.test.labels) == 3
     assert problem.task.model(0)(problem.test.inputs).shape == (3, 3)

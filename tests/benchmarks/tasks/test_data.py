@@ -15,7 +15,7 @@ from fsspec.registry import _registry
 from PIL import Image
 
 from benchmarks.kit.files import UserError
-from benchmarks.tasks import data
+from benchmarks.tasks import data, parquet
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +48,7 @@ def hub(monkeypatch):
     return Hub()
 
 
-def parquet(columns, metadata=None):
+def as_parquet(columns, metadata=None):
     buffer = io.BytesIO()
     pq.write_table(pa.table(columns).replace_schema_metadata(metadata), buffer)
     return buffer.getvalue()
@@ -77,12 +77,12 @@ def write(folder, contents):
 @pytest.mark.parametrize("place", ["", "data/", "plain_text/"])
 @pytest.mark.parametrize("suffix", ["", "-00000-of-00001"])
 def test_images_of_the_hub_are_those_of_a_folder(place, suffix, hub, tmp_path):
-    files = {f"{place}{split}{suffix}.parquet": parquet(IMAGES) for split in ("train", "test")}
+    files = {f"{place}{split}{suffix}.parquet": as_parquet(IMAGES) for split in ("train", "test")}
     write(tmp_path, files)
     for name, content in files.items():
         hub.pipe(f"hf://datasets/owner/set/{name}", content)
     sources = (tmp_path, str(tmp_path), f"{tmp_path}/", "hf://datasets/owner/set")
-    for loaded in (data.load_images(source, num_test=2) for source in sources):
+    for loaded in (parquet.load_images(source, num_test=2) for source in sources):
         np.testing.assert_allclose(loaded.train.inputs, PIXELS[..., None] / 255, rtol=1e-6)
         np.testing.assert_array_equal(loaded.train.labels, IMAGES["label"])
         assert len(loaded.test.labels) == 2
@@ -91,29 +91,29 @@ def test_images_of_the_hub_are_those_of_a_folder(place, suffix, hub, tmp_path):
 def test_the_folder_and_its_data_come_first_and_among_others_one_is_to_be_named(hub):
     for number, name in enumerate(["sst2", "cola"]):
         for split in ("train", "validation", "test"):
-            content = parquet({"sentence": ["yes"], "label": [number]})
+            content = as_parquet({"sentence": ["yes"], "label": [number]})
             hub.pipe(f"hf://datasets/glue/{name}/{split}-00000.parquet", content)
     with pytest.raises(UserError, match=r"name one of hf://datasets/glue/cola, hf://datasets/glue/sst2"):
-        data.load_text("hf://datasets/glue")
+        parquet.load_text("hf://datasets/glue")
     for number, name in enumerate(["sst2", "cola"]):
-        assert data.load_text(f"hf://datasets/glue/{name}").train.labels == [number]
+        assert parquet.load_text(f"hf://datasets/glue/{name}").train.labels == [number]
     for number, place in [(2, "data/"), (3, "")]:
         for split in ("train", "validation", "test"):
-            content = parquet({"sentence": ["yes"], "label": [number]})
+            content = as_parquet({"sentence": ["yes"], "label": [number]})
             hub.pipe(f"hf://datasets/glue/{place}{split}.parquet", content)
-        assert data.load_text("hf://datasets/glue").train.labels == [number]
+        assert parquet.load_text("hf://datasets/glue").train.labels == [number]
 
 
 def test_all_splits_are_of_one_place(tmp_path):
     names = ("train.parquet", "test.parquet", "other/validation.parquet", "data/train.parquet")
-    write(tmp_path, dict.fromkeys(names, parquet(TEXTS)))
-    assert data.load_text(tmp_path).validation is None
+    write(tmp_path, dict.fromkeys(names, as_parquet(TEXTS)))
+    assert parquet.load_text(tmp_path).validation is None
     (tmp_path / "train.parquet").unlink()
     with pytest.raises(UserError, match=rf"^no test\*\.parquet in {tmp_path}/data$"):
-        data.load_text(tmp_path)
+        parquet.load_text(tmp_path)
 
 
-@pytest.mark.parametrize("load", [data.load_images, data.load_text])
+@pytest.mark.parametrize("load", [parquet.load_images, parquet.load_text])
 @pytest.mark.parametrize("failure", [OSError("no route\nto host"), RuntimeError("no route\nto host")])
 def test_a_hub_out_of_reach_is_told_in_one_line(failure, load, hub, monkeypatch):
     monkeypatch.setattr(Hub, "failure", failure)
@@ -125,26 +125,26 @@ def test_a_hub_out_of_reach_is_told_in_one_line(failure, load, hub, monkeypatch)
 
 
 def test_a_file_of_the_hub_is_named_as_the_source_is(hub):
-    hub.pipe("hf://datasets/owner/set/data/train.parquet", parquet(TEXTS))
-    hub.pipe("hf://datasets/owner/set/data/test.parquet", parquet(TEXTS | {"label": [0, 1, -1, 0]}))
+    hub.pipe("hf://datasets/owner/set/data/train.parquet", as_parquet(TEXTS))
+    hub.pipe("hf://datasets/owner/set/data/test.parquet", as_parquet(TEXTS | {"label": [0, 1, -1, 0]}))
     with pytest.raises(UserError, match=r"^hf://datasets/owner/set/data/test\.parquet, row 2: "):
-        data.load_text("hf://datasets/owner/set")
+        parquet.load_text("hf://datasets/owner/set")
 
 
 def test_unknown_protocols_are_told_in_one_line():
     with pytest.raises(UserError, match=r"^cannot read ftpx://a/b: Protocol not known: ftpx"):
-        data.load_images("ftpx://a/b")
+        parquet.load_images("ftpx://a/b")
 
 
 def images(pixels, labels, **options):
-    return parquet({"img": [encoded(image, **options) for image in pixels], "label": labels})
+    return as_parquet({"img": [encoded(image, **options) for image in pixels], "label": labels})
 
 
 def test_images_are_read_as_they_were_written(tmp_path):
     columns = {"img": [encoded(image) for image in PIXELS], "label": [1, 0, 1]}
-    content = parquet(columns, {"class_names": "shirt,shoe"})
+    content = as_parquet(columns, {"class_names": "shirt,shoe"})
     write(tmp_path, {"train.parquet": content, "test.parquet": content})
-    loaded = data.load_images(tmp_path)
+    loaded = parquet.load_images(tmp_path)
     assert loaded.class_names == ("shirt", "shoe")
     for part in (loaded.train, loaded.test):
         assert (part.inputs.dtype, part.labels.dtype) == (np.float32, np.int32)
@@ -154,11 +154,11 @@ def test_images_are_read_as_they_were_written(tmp_path):
 
 def test_only_the_rows_asked_for_are_decoded(tmp_path):
     broken = {"img": [*(encoded(image) for image in PIXELS), b"broken"], "label": [0, 0, 0, 0]}
-    write(tmp_path, {"train.parquet": parquet(broken), "test.parquet": images(PIXELS, [0, 0, 0])})
-    loaded = data.load_images(tmp_path, 3, 2)
+    write(tmp_path, {"train.parquet": as_parquet(broken), "test.parquet": images(PIXELS, [0, 0, 0])})
+    loaded = parquet.load_images(tmp_path, 3, 2)
     assert [len(part.labels) for part in (loaded.train, loaded.test)] == [3, 2]
     with pytest.raises(UserError, match=r"train\.parquet, row 3: cannot decode"):
-        data.load_images(tmp_path, 4)
+        parquet.load_images(tmp_path, 4)
 
 
 def test_parts_follow_their_names(tmp_path):
@@ -168,7 +168,7 @@ def test_parts_follow_their_names(tmp_path):
         "train-00000-of-00002.parquet": images(colours[:3], [0, 1, 2]),
         "test-00000-of-00001.parquet": images(colours[:1], [0]),
     }
-    loaded = data.load_images(write(tmp_path, parts))
+    loaded = parquet.load_images(write(tmp_path, parts))
     assert loaded.class_names == ()
     np.testing.assert_array_equal(loaded.train.labels, np.arange(5))
     np.testing.assert_allclose(loaded.train.inputs, colours / 255, rtol=1e-6)
@@ -177,7 +177,7 @@ def test_parts_follow_their_names(tmp_path):
 def test_jpegs_come_near(tmp_path):
     content = images(np.full((3, 8, 8, 3), 100, np.uint8), [0, 1, 2], kind="JPEG")
     write(tmp_path, {"train.parquet": content, "test.parquet": content})
-    np.testing.assert_allclose(data.load_images(tmp_path).train.inputs, 100 / 255, atol=0.01)
+    np.testing.assert_allclose(parquet.load_images(tmp_path).train.inputs, 100 / 255, atol=0.01)
 
 
 GOOD = encoded(PIXELS[0])
@@ -201,10 +201,10 @@ GOOD = encoded(PIXELS[0])
     ],
 )
 def test_files_that_hold_no_images_are_told_in_one_line(contents, labels, message, tmp_path):
-    test = parquet({"img": contents, "label": labels})
+    test = as_parquet({"img": contents, "label": labels})
     write(tmp_path, {"train.parquet": images(PIXELS, [0, 1, 2]), "test.parquet": test})
     with pytest.raises(UserError, match=rf"^{tmp_path}/test\.parquet, {message}") as raised:
-        data.load_images(tmp_path)
+        parquet.load_images(tmp_path)
     assert "\n" not in str(raised.value)
 
 
@@ -212,13 +212,13 @@ def test_missing_files_are_told_in_one_line(tmp_path):
     write(tmp_path, {"test.parquet": images(PIXELS, [0, 1, 2])})
     fails = functools.partial(pytest.raises, UserError)
     with fails(match=rf"^no train\*\.parquet in {tmp_path}, its folder data or another one there$"):
-        data.load_images(tmp_path)
-    write(tmp_path, {"train.parquet": parquet({"pixels": [1], "label": [0]})})
+        parquet.load_images(tmp_path)
+    write(tmp_path, {"train.parquet": as_parquet({"pixels": [1], "label": [0]})})
     with fails(match=r"train\.parquet: no column img, only pixels, label$"):
-        data.load_images(tmp_path)
+        parquet.load_images(tmp_path)
     write(tmp_path, {"train.parquet": b"PAR1 or anything else"})
     with fails(match=r"^cannot read .*train\.parquet: ") as raised:
-        data.load_images(tmp_path)
+        parquet.load_images(tmp_path)
     assert "\n" not in str(raised.value)
 
 
@@ -226,14 +226,14 @@ def test_splits_of_different_shapes_are_told(tmp_path):
     small = images(PIXELS[:, :3, :3], [0, 1, 2])
     write(tmp_path, {"train.parquet": images(PIXELS, [0, 1, 2]), "test.parquet": small})
     with pytest.raises(UserError, match=r"train has images of shape \(4, 5, 1\), test of \(3, 3, 1\)"):
-        data.load_images(tmp_path)
+        parquet.load_images(tmp_path)
 
 
 @pytest.mark.parametrize("column", ["sentence", "text"])
 def test_texts_are_read_as_they_were_written(column, tmp_path):
     columns = {column: TEXTS["sentence"], "label": TEXTS["label"], "idx": [0, 1, 2, 3]}
-    write(tmp_path, {f"{split}.parquet": parquet(columns) for split in ("train", "validation", "test")})
-    loaded = data.load_text(tmp_path, num_train=3, num_validation=0)
+    write(tmp_path, {f"{split}.parquet": as_parquet(columns) for split in ("train", "validation", "test")})
+    loaded = parquet.load_text(tmp_path, num_train=3, num_validation=0)
     assert loaded.train.inputs == TEXTS["sentence"][:3]
     assert loaded.test.inputs == TEXTS["sentence"]
     assert loaded.train.labels.dtype == np.int32
@@ -248,20 +248,20 @@ def test_texts_are_read_as_they_were_written(column, tmp_path):
     [{"class_names": "negative,positive"}, {"huggingface": json.dumps(HUB_FEATURES)}],
 )
 def test_class_names_are_found_where_folders_and_hubs_have_them(metadata, tmp_path):
-    write(tmp_path, {f"{split}.parquet": parquet(TEXTS, metadata) for split in ("train", "test")})
-    loaded = data.load_text(tmp_path)
+    write(tmp_path, {f"{split}.parquet": as_parquet(TEXTS, metadata) for split in ("train", "test")})
+    loaded = parquet.load_text(tmp_path)
     assert loaded.class_names == ("negative", "positive")
     assert loaded.validation is None
 
 
 def test_a_test_split_that_is_not_asked_for_is_not_read(tmp_path):
-    write(tmp_path, {"train.parquet": parquet(TEXTS), "test.parquet": b"broken"})
-    assert data.load_text(tmp_path, num_test=0).test.inputs == []
+    write(tmp_path, {"train.parquet": as_parquet(TEXTS), "test.parquet": b"broken"})
+    assert parquet.load_text(tmp_path, num_test=0).test.inputs == []
     with pytest.raises(UserError, match=r"cannot read .*test\.parquet"):
-        data.load_text(tmp_path)
+        parquet.load_text(tmp_path)
     (tmp_path / "test.parquet").unlink()
     with pytest.raises(UserError, match=r"no test\*\.parquet in "):
-        data.load_text(tmp_path)
+        parquet.load_text(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -281,9 +281,9 @@ def test_a_test_split_that_is_not_asked_for_is_not_read(tmp_path):
     ],
 )
 def test_files_that_hold_no_texts_are_told_in_one_line(columns, message, tmp_path):
-    write(tmp_path, {"train.parquet": parquet(TEXTS), "validation.parquet": parquet(columns)})
+    write(tmp_path, {"train.parquet": as_parquet(TEXTS), "validation.parquet": as_parquet(columns)})
     with pytest.raises(UserError, match=rf"^{tmp_path}/validation\.parquet{message}") as raised:
-        data.load_text(tmp_path, num_test=0)
+        parquet.load_text(tmp_path, num_test=0)
     assert "\n" not in str(raised.value)
 
 

@@ -1,14 +1,12 @@
-"""What the benchmarks on several devices measure, with tiny settings: the figures that are exact are tested."""
+"""What devices send, with tiny settings: the figures that are exact are tested."""
 
 import json
 
 import jax
 import pytest
-import tyro
 from rich.progress import Progress
 
 from benchmarks.cost import communication
-from benchmarks.quality import variance
 
 COMPILED = """
   %all-reduce.1 = (f32[], bf16[2,3]{1,0}, /*index=2*/pred[8]{0}) all-reduce(%a, %b, %c), replica_groups={}
@@ -26,21 +24,6 @@ def sent():
         # The fixture that makes JAX strict comes after those of a module.
         with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
             return _run(communication, samples=(2,))
-
-
-@pytest.fixture(scope="module")
-def varied():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(variance, "MEASURED_WIDTHS", (64, 16, 10))
-        patch.setattr(variance, "TRAINED_WIDTHS", (64, 16, 10))
-        patch.setattr(variance, "PARTS", (1, 2))
-        patch.setattr(variance, "NUM_EXAMPLES", 16)
-        patch.setattr(variance, "WARM_UP_STEPS", 1)
-        patch.setattr(variance, "CASES", {"same": variance.Case(0.1, num_distinct=8)})
-        patch.setattr(variance, "RHOS", (0.1,))
-        patch.setattr(variance, "SCALES", (0.1, 100.0))
-        patch.setattr(variance, "NUM_PRODUCTS", 4)
-        return _run(variance, draws=200, seeds=2, steps=10, microbatches=(1,))
 
 
 def _run(module, **options):
@@ -82,38 +65,13 @@ def test_collectives_are_counted_with_all_their_arrays_and_once_if_asynchronous(
     }
 
 
-def test_with_the_same_examples_in_each_part_the_variance_is_divided_by_their_number(varied):
-    one, two = varied["variance"]
-    assert one["microbatches"] == {"value": 1, "standard_error": 0}
-    for figure in (one["devices"], two["microbatches"], two["devices"]):
-        assert figure["value"] == pytest.approx(1, abs=4 * figure["standard_error"])
-        assert figure["standard_error"] < 0.2
-
-
-def test_the_strength_with_the_best_validation_accuracy_is_chosen(varied):
-    training = varied["training"]
-    assert len(training) == 2 * (1 + 1 + 2)
-    for task in variance.TASKS:
-        best = [row for row in training if row["task"] == task and row["best"]]
-        assert [row["strength"] for row in best] == [0, 0.1, 0.1]
-    for row in training:
-        assert ("trace" in row) == row["best"]
-        assert len(row["test_accuracy"]) == len(row["validation_accuracy"]) == 2
-
-
-def test_a_single_draw_is_refused(capsys):
-    with pytest.raises(SystemExit):
-        tyro.cli(variance.Options, args=["--draws", "1"])
-    assert "at least 2, got '1'" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("module", "figures"), [(communication, "sent"), (variance, "varied")])
-def test_tables_and_pictures_show_the_figures(module, figures, request):
-    results = request.getfixturevalue(figures)
-    rows = module.rows(results)
-    assert all(len(row) == len(module.HEADERS) and all(isinstance(cell, str) for cell in row) for row in rows)
+def test_table_and_picture_show_the_figures(sent):
+    rows = communication.rows(sent)
+    assert all(
+        len(row) == len(communication.HEADERS) and all(isinstance(cell, str) for cell in row) for row in rows
+    )
     assert len({(row[0], row[1]) for row in rows}) == len(rows)
-    assert "nan" not in module.caption(results)
-    picture = module.plot(results)
+    assert "nan" not in communication.caption(sent)
+    picture = communication.plot(sent)
     assert picture.startswith(b"\x89PNG")
     assert len(picture) < 150_000
