@@ -20,11 +20,6 @@ ROOT = Path(__file__).parents[2]
 LOADING = "Loading JAX and Flax ...\n"
 
 
-@pytest.fixture(autouse=True)
-def strict():
-    """Instead of the fixture for the library's own tests: optax's schedules need standard promotion."""
-
-
 def test_no_command_writes_to_the_published_results_by_default():
     for name in STUDIES:
         options = registry.load(name).Options
@@ -65,6 +60,18 @@ def test_mistakes_are_told_in_one_line(arguments, expected, tmp_path, monkeypatc
         (["demo", "--steps", "many"], "--steps: expected a whole number of at least 1, got 'many'"),
         (["demo", "--epochs", "3"], "Unrecognized options: --epochs"),
         (["demo", "--wrong-labels", "nan"], "--wrong-labels: expected a number from 0 to 1, got 'nan'"),
+        (["step-cost", "--repetitions", "0"], "at least 1, got '0'"),
+        (["step-cost", "--cases", "resnet"], "resnet"),
+        (["memory", "--samples", "3"], "--samples"),
+        (["variance", "--draws", "1"], "at least 2, got '1'"),
+        (["robustness", "--radius", "2"], "'2'"),
+        (["robustness", "--methods", "sam"], "sam"),
+        (["robustness", "--penalty-every", "0"], "'0'"),
+        (["curvature", "--products", "3"], "at least 4, got '3'"),
+        (["curvature", "--eigenvalues", "1"], "at least 2, got '1'"),
+        (["curvature", "--probes", "1"], "at least 2, got '1'"),
+        (["curvature", "--steps", "1"], "at least 2, got '1'"),
+        (["curvature-peers", "--networks", "resnet"], "resnet"),
         (["publish", "--seeds", "3"], "Unrecognized options: --seeds"),
         (["tables", "now"], ": now"),
     ],

@@ -8,6 +8,8 @@ from rich.progress import Progress
 
 from benchmarks.cost import communication
 
+pytestmark = pytest.mark.usefixtures("as_strict_as_the_library")
+
 COMPILED = """
   %all-reduce.1 = (f32[], bf16[2,3]{1,0}, /*index=2*/pred[8]{0}) all-reduce(%a, %b, %c), replica_groups={}
   %gathered-start = (f32[4]{0}, f32[32]{0}) all-gather-start(%d), dimensions={0}

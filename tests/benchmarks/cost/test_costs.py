@@ -2,7 +2,6 @@
 
 import functools
 import importlib.util
-import json
 
 import jax
 import jax.numpy as jnp
@@ -22,22 +21,6 @@ HAS_TORCH = importlib.util.find_spec("torch") is not None
 TORCH_STEPS = {"torch-plain", "torch-sam", "torch-nso"}
 
 
-@pytest.fixture(autouse=True)
-def strict():
-    """Instead of the fixture for the library's own tests: optax's schedules need standard promotion."""
-
-
-def run(folder, *arguments):
-    """A command's results and its table's rows, after checks of its files."""
-    assert cli.main([*arguments, "--out", str(folder)]) == 0
-    name = arguments[0]
-    assert {path.name for path in folder.iterdir()} == {f"{name}.{kind}" for kind in ("json", "md", "png")}
-    picture = folder / f"{name}.png"
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    assert picture.stat().st_size < 150_000
-    return json.loads((folder / f"{name}.json").read_text())
-
-
 @pytest.fixture
 def tiny_steps(monkeypatch):
     small = functools.partial(models.MLP, (64, 10))
@@ -51,8 +34,8 @@ def tiny_steps(monkeypatch):
 
 
 @pytest.mark.slow
-def test_step_cost_reports_every_step_and_ratio(tiny_steps, tmp_path, capsys):
-    results = run(tmp_path, "step-cost", "--repetitions", "2")
+def test_step_cost_reports_every_step_and_ratio(tiny_steps, measured, capsys):
+    results = measured("step-cost", "--repetitions", "2")
     assert set(results) == {"versions", "machine", "settings", "cases", "noise"}
     assert results["settings"]["torch"] is None
     case = results["cases"]["mlp-64"]
@@ -81,8 +64,8 @@ def _cells(case, ratios):
     ]
 
 
-def test_step_cost_of_noise_alone(tiny_steps, tmp_path):
-    results = run(tmp_path, "step-cost", "--cases", "noise", "--repetitions", "1")
+def test_step_cost_of_noise_alone(tiny_steps, measured):
+    results = measured("step-cost", "--cases", "noise", "--repetitions", "1")
     assert results["cases"] == {}
     assert results["noise"]["milliseconds"].keys() == {"constant", "signs", "normal", "jax-normal"}
     assert step_cost.rows(results) == []
@@ -99,10 +82,10 @@ def test_every_step_trains(tiny_steps):
 
 
 @pytest.mark.slow
-def test_memory_reports_what_the_compiler_says(tmp_path, monkeypatch):
+def test_memory_reports_what_the_compiler_says(measured, monkeypatch):
     case = memory.Case("MLP", functools.partial(models.MLP, (64, 10)), (2, 64), jnp.float32)
     monkeypatch.setattr(memory, "CASES", {"mlp": case})
-    results = run(tmp_path, "memory", "--cases", "mlp", "--samples", "2")
+    results = measured("memory", "--cases", "mlp", "--samples", "2")
     assert set(results) == {"versions", "machine", "settings", "cases"}
     figures = results["cases"]["mlp"]
     assert figures["param_bytes"] == 4 * (64 * 10 + 10)
@@ -197,21 +180,6 @@ def test_ratios_are_of_the_same_repetition():
     seconds = {"a": [1.0, 20.0, 3.0], "b": [1.0, 10.0, 1.0]}
     wanted = {"a/2b": Ratio("a", 2, "b"), "a/c": Ratio("a", 1, "c")}
     assert timing.ratios(seconds, wanted) == {"a/2b": {"median": 1.0, "low": 0.75, "high": 1.25}}
-
-
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        (["step-cost", "--repetitions", "0"], "at least 1, got '0'"),
-        (["step-cost", "--cases", "resnet"], "resnet"),
-        (["memory", "--samples", "3"], "--samples"),
-    ],
-)
-def test_mistakes_are_told(arguments, expected, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(arguments)
-    assert stopped.value.code == 2
-    assert expected in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -2,18 +2,18 @@
 
 import ast
 import functools
-import json
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks import __main__ as cli
 from benchmarks.cost import rivals
 from benchmarks.kit import timing
 from benchmarks.tasks import models
 from benchmarks.tasks.data import Examples
+
+pytestmark = pytest.mark.usefixtures("as_strict_as_the_library")
 
 
 @pytest.fixture(autouse=True)
@@ -24,10 +24,8 @@ def small(monkeypatch):
 
 
 @pytest.mark.slow
-def test_every_rival_is_timed_and_weighed(tmp_path, capsys):
-    assert cli.main(["rivals", "--cases", "mlp", "--repetitions", "2", "--out", str(tmp_path)]) == 0
-    assert (tmp_path / "rivals.png").read_bytes().startswith(b"\x89PNG")
-    results = json.loads((tmp_path / "rivals.json").read_text())
+def test_every_rival_is_timed_and_weighed(measured, capsys):
+    results = measured("rivals", "--cases", "mlp", "--repetitions", "2")
     case = results["cases"]["mlp"]
     assert case["rivals"].keys() == rivals.RIVALS.keys()
     assert case["weights"] == 784 * 8 + 8 + 8 * 10 + 10

@@ -22,11 +22,6 @@ STEPS = 3
 METADATA = checkpoints.Metadata("ConvNet", "nso", seed=3, steps=5, num_train=400, wrong_labels=0.2)
 
 
-@pytest.fixture(autouse=True)
-def strict():
-    """Instead of the fixture for the library's own tests: optax's schedules need standard promotion."""
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A demo's output folder."""
@@ -43,20 +38,12 @@ def trained(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def output(trained, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("curvature") / "new"
+def results(trained, measured_once):
     sizes = ["--products", "4", "--eigenvalues", "2", "--probes", "2", "--steps", "4"]
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"NUM_SAMPLES": 4, "BOUND_PROBES": 2, "GRID_POINTS": 3, "TOLERANCE": 0.1}.items():
             patch.setattr(figures, name, value)
-        model = str(trained / "nso.safetensors")
-        assert cli.main(["curvature", "--model", model, *sizes, "--out", str(folder)]) == 0
-    return folder
-
-
-@pytest.fixture(scope="module")
-def results(output):
-    return json.loads((output / "curvature.json").read_text())
+        return measured_once("curvature", "--model", str(trained / "nso.safetensors"), *sizes)
 
 
 @pytest.mark.slow
@@ -69,12 +56,6 @@ def test_the_demo_saves_the_first_seed_of_a_method(trained):
     assert float(loss) == pytest.approx(run["train_loss"], rel=1e-5)
     accuracy = np.mean(np.argmax(network(split.test.inputs), axis=-1) == split.test.labels)
     assert accuracy == pytest.approx(run["test_accuracy"], rel=1e-5)
-
-
-@pytest.mark.slow
-def test_all_files_are_written_and_nothing_else(output):
-    assert {path.name for path in output.iterdir()} == {"curvature.json", "curvature.md", "curvature.png"}
-    assert (output / "curvature.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow
@@ -237,12 +218,3 @@ def test_mistakes_are_told_in_one_line(arguments, message, network, tmp_path, ca
 
 def test_the_default_network_is_the_published_one():
     assert RESULTS / demo.PUBLISHED["nso.safetensors"] == command.Options().model
-
-
-@pytest.mark.parametrize(
-    ("option", "least"), [("products", 4), ("eigenvalues", 2), ("probes", 2), ("steps", 2)]
-)
-def test_numbers_that_are_too_small_are_told(option, least, capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["curvature", f"--{option}", str(least - 1)])
-    assert f"at least {least}, got '{least - 1}'" in capsys.readouterr().err

@@ -1,7 +1,6 @@
 """`curvature-peers` with a small network, from the command line to the files; and what it is made of."""
 
 import functools
-import json
 import math
 
 import jax
@@ -10,7 +9,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks import __main__ as cli
 from benchmarks.curvature import libraries, peers, races, trained_networks
 from benchmarks.curvature.trained_networks import Case
 from benchmarks.kit import timing
@@ -19,11 +17,6 @@ from benchmarks.tasks.data import Examples
 from nso_jax import curvature
 
 KEYS = {"library", "method", "products", "extrapolated", "repetitions", "seconds"}
-
-
-@pytest.fixture(autouse=True)
-def strict():
-    """Instead of the fixture for the library's own tests: flax needs standard promotion."""
 
 
 @pytest.fixture
@@ -48,17 +41,6 @@ def tiny(monkeypatch):
     monkeypatch.setattr(races, "NUMBERS", (12, 24, 120))
     monkeypatch.setattr(races, "TRACE_TARGET", 0.05)
     monkeypatch.setattr(races, "TOLERANCES", (1e-1, 1e-5))
-
-
-def run(folder):
-    """The command's results, after checks of its files."""
-    assert cli.main(["curvature-peers", "--seeds", "3", "--repetitions", "1", "--out", str(folder)]) == 0
-    names = {f"curvature-peers.{suffix}" for suffix in ("json", "md", "png")}
-    assert {path.name for path in folder.iterdir()} == names
-    picture = folder / "curvature-peers.png"
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    assert picture.stat().st_size < 150_000
-    return json.loads((folder / "curvature-peers.json").read_text())
 
 
 def check(results, num_rivals):
@@ -91,9 +73,9 @@ def check(results, num_rivals):
 
 
 @pytest.mark.slow
-def test_alone_it_measures_ours(tiny, tmp_path, monkeypatch, capsys):
+def test_alone_it_measures_ours(tiny, measured, monkeypatch, capsys):
     monkeypatch.setattr(timing, "torch_device", lambda: None)
-    network = check(run(tmp_path), num_rivals=0)
+    network = check(measured("curvature-peers", "--seeds", "3", "--repetitions", "1"), num_rivals=0)
     assert network["ratios"] == {"trace": {}, "eigenvalues": {}}
     assert "pyhessian_defaults" not in network
     shown = capsys.readouterr().out
@@ -101,11 +83,11 @@ def test_alone_it_measures_ours(tiny, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_beside_the_rivals(tiny, tmp_path, one_thread):
+def test_beside_the_rivals(tiny, measured, one_thread):
     in_torch = pytest.importorskip("benchmarks.curvature.torch_peers")
     if in_torch.PYHESSIAN is None or in_torch.CURVLINOPS is None:
         pytest.skip("needs PyHessian and curvlinops")
-    network = check(run(tmp_path), num_rivals=6)
+    network = check(measured("curvature-peers", "--seeds", "3", "--repetitions", "1"), num_rivals=6)
     assert network["pyhessian_defaults"]["eigenvalue_error"] < 1
     for ratios in network["ratios"].values():
         assert ratios.keys() == {"PyHessian", "curvlinops"}
@@ -228,10 +210,3 @@ def test_a_target_that_is_never_met_leaves_gaps():
     records = {("nso_jax", "Lanczos"): record | {"seconds": {"median": 2.0}}, ("PyHessian", "power"): record}
     assert races.compared("eigenvalues", records) == {}
     assert peers._cells(record) == ["PyHessian, power iteration", "-", "-", "-", "-"]
-
-
-def test_mistakes_are_told(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(["curvature-peers", "--networks", "resnet"])
-    assert stopped.value.code == 2
-    assert "resnet" in capsys.readouterr().err

@@ -30,11 +30,6 @@ TINY = (
 )
 
 
-@pytest.fixture(autouse=True)
-def strict():
-    """Instead of the fixture for the library's own tests: optax's schedules need standard promotion."""
-
-
 def test_what_is_tried():
     options = Options(rates=(0.1, 0.2), weight_decays=(0.0, 0.5))
     assert comparison.grid(METHODS["sgd"], options) == [

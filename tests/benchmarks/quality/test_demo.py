@@ -28,11 +28,6 @@ STEPS = 3
 FULL = demo_options.Size(seeds=2, steps=STEPS, num_points=10, point_products=4, final_products=4)
 
 
-@pytest.fixture(autouse=True)
-def strict():
-    """Instead of the fixture for the library's own tests: optax's schedules need standard promotion."""
-
-
 @contextlib.contextmanager
 def short():
     """The measuring of a real run would take most of the time."""

@@ -1,15 +1,14 @@
 """`matrix-sensing` on a small matrix, from the command line to the files; the loss against the formulas."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import nso_jax
-from benchmarks import __main__ as cli
 from benchmarks.quality import matrix_sensing
+
+pytestmark = pytest.mark.usefixtures("as_strict_as_the_library")
 
 
 @pytest.fixture(autouse=True)
@@ -76,10 +75,8 @@ def test_steps_are_those_of_the_library():
     assert curve[-1]["training"] == pytest.approx(matrix_sensing._errors(made, factor)["training"], rel=1e-3)
 
 
-def test_every_method_and_seed_is_reported(tmp_path, capsys):
-    assert cli.main(["matrix-sensing", "--seeds", "2", "--out", str(tmp_path)]) == 0
-    assert (tmp_path / "matrix-sensing.png").read_bytes().startswith(b"\x89PNG")
-    results = json.loads((tmp_path / "matrix-sensing.json").read_text())
+def test_every_method_and_seed_is_reported(measured, capsys):
+    results = measured("matrix-sensing", "--seeds", "2")
     done = [(run["method"], run["seed"]) for run in results["runs"]]
     assert done == [(name, seed) for seed in range(2) for name in matrix_sensing.METHODS]
     shown = capsys.readouterr().out

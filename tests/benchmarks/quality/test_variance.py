@@ -3,10 +3,11 @@
 import json
 
 import pytest
-import tyro
 from rich.progress import Progress
 
 from benchmarks.quality import gradient_variance, microbatch_training, variance
+
+pytestmark = pytest.mark.usefixtures("as_strict_as_the_library")
 
 
 def _run(module, **options):
@@ -48,12 +49,6 @@ def test_the_strength_with_the_best_validation_accuracy_is_chosen(varied):
     for row in training:
         assert ("trace" in row) == row["best"]
         assert len(row["test_accuracy"]) == len(row["validation_accuracy"]) == 2
-
-
-def test_a_single_draw_is_refused(capsys):
-    with pytest.raises(SystemExit):
-        tyro.cli(microbatch_training.Options, args=["--draws", "1"])
-    assert "at least 2, got '1'" in capsys.readouterr().err
 
 
 def test_table_and_picture_show_the_figures(varied):

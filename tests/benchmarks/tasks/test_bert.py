@@ -46,11 +46,6 @@ SENTENCES = (
 GIVEN = Path(__file__).with_name("minilm.json")
 
 
-@pytest.fixture(autouse=True)
-def strict():
-    """Instead of the fixture for the library's own tests: flax needs standard promotion."""
-
-
 @pytest.fixture
 def weights():
     """Random ones, float32, under the names that the file has."""

@@ -18,11 +18,6 @@ from benchmarks.kit.files import UserError
 from benchmarks.tasks import data, parquet
 
 
-@pytest.fixture(autouse=True)
-def strict():
-    """Nothing here computes with JAX."""
-
-
 class Hub(MemoryFileSystem):
     """What `hf://` means in a test: files in memory, and a network that may fail."""
 

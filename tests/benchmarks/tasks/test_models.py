@@ -10,11 +10,6 @@ from flax import nnx
 from benchmarks.tasks import data, models
 
 
-@pytest.fixture(autouse=True)
-def strict():
-    """Instead of the fixture for the library's own tests: flax adds biases of lower rank."""
-
-
 @nnx.jit
 def outputs(model, images):
     """Compiled whole, which is faster here than layer by layer."""

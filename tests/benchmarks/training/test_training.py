@@ -25,11 +25,6 @@ GRADIENTS = 24
 POINTS = 4
 
 
-@pytest.fixture(autouse=True)
-def strict():
-    """Instead of the fixture for the library's own tests: optax's schedules need standard promotion."""
-
-
 def clusters(number=256, width=16, classes=4):
     rng = np.random.default_rng(0)
     labels = rng.integers(0, classes, number).astype(np.int32)
