@@ -77,15 +77,7 @@ class Options(Output):
 
 
 def run(options: Options, progress: Progress) -> dict[str, Any]:
-    """Compiles training steps and counts what they send; none of them is run.
-
-    Args:
-        options: The settings.
-        progress: Where to show how far it is.
-
-    Returns:
-        All figures, ready for JSON.
-    """
+    """Compiles training steps and counts what they send; none of them is run."""
     loss, params = models.pure_loss(models.MLP(WIDTHS, rngs=nnx.Rngs(0)))
     steps = data_parallel_steps(loss, options.samples)
     task = progress.add_task("communication", total=len(steps) + len(LAYOUTS) * (1 + len(SAMPLERS)))

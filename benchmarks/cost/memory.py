@@ -72,15 +72,7 @@ class Options(Output):
 
 
 def run(options: Options, progress: Progress) -> dict[str, Any]:
-    """Compiles gradients and reads what memory they take; none of them is run.
-
-    Args:
-        options: The settings.
-        progress: Where to show how far it is.
-
-    Returns:
-        All figures, ready for JSON.
-    """
+    """Compiles gradients and reads what memory they take; none of them is run."""
     results: dict[str, Any] = {
         "settings": {"sigma": SIGMA, "dtype": "float32", "devices": jax.device_count()},
         "cases": {},

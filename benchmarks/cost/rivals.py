@@ -96,15 +96,7 @@ class Options(Output):
 
 
 def run(options: Options, progress: Progress) -> dict[str, Any]:
-    """Times all gradients, in turns, and reads what memory the compiled programs take.
-
-    Args:
-        options: The settings.
-        progress: Where to show how far it is.
-
-    Returns:
-        All figures, ready for JSON.
-    """
+    """Times all gradients, in turns, and reads what memory the compiled programs take."""
     settings = {"strength": STRENGTH, "repetitions": options.repetitions}
     results: dict[str, Any] = {"settings": settings, "cases": {}}
     for name in options.cases:

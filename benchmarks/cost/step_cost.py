@@ -72,15 +72,7 @@ class Options(Output):
 
 
 def run(options: Options, progress: Progress) -> dict[str, Any]:
-    """Times all steps.
-
-    Args:
-        options: The settings.
-        progress: Where to show how far it is.
-
-    Returns:
-        All figures, ready for JSON.
-    """
+    """Times all steps."""
     results: dict[str, Any] = {"settings": _settings(), "cases": {}}
     for name, case in jax_steps.CASES.items():
         if name in options.cases:

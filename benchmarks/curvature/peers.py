@@ -54,15 +54,7 @@ class Options(Output):
 
 
 def run(options: Options, progress: Progress) -> dict[str, Any]:
-    """Measures all libraries on each network.
-
-    Args:
-        options: The settings.
-        progress: Where to show how far it is.
-
-    Returns:
-        All figures, ready for JSON.
-    """
+    """Measures all libraries on each network."""
     results: dict[str, Any] = {"settings": _settings(), "networks": {}}
     for name, case in trained_networks.NETWORKS.items():
         if name in options.networks:

@@ -42,13 +42,6 @@ class Options(Output):
 def run(options: Options, progress: Progress) -> dict[str, Any]:
     """Measures everything.
 
-    Args:
-        options: The settings.
-        progress: Where to show how far it is.
-
-    Returns:
-        All figures, ready for JSON.
-
     Raises:
         UserError: There is no such model, or its loss is not finite.
     """

@@ -33,7 +33,15 @@ class Benchmark(Tabular, Protocol):
     """A module that is a command. Most have `plot(results)` too, its figures as a picture, PNG."""
 
     def run(self, options: Any, progress: Progress, /) -> dict[str, Any]:
-        """The figures, ready for JSON, among them the settings."""
+        """Measures.
+
+        Args:
+            options: The settings, of the module's `Options`.
+            progress: Where to show how far it is.
+
+        Returns:
+            All figures, ready for JSON, among them the settings.
+        """
 
 
 def measure(benchmark: Benchmark, name: str, options: Any) -> dict[str, str | bytes]:

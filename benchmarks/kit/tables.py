@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import statistics
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -81,6 +82,18 @@ def with_error(mean: float, error: float | None, digits: int = 3) -> str:
         return number(mean, digits)
     decimals = min(_decimals(mean, digits), _decimals(error, digits=2))
     return f"{mean:.{decimals}f} ± {error:.{decimals}f}"
+
+
+def spread(values: Sequence[float], digits: int = 3) -> str:
+    """Mean ± standard deviation, as `with_error` shows them; the mean alone of a single value."""
+    error = statistics.stdev(values) if len(values) > 1 else None
+    return with_error(statistics.mean(values), error, digits)
+
+
+def formatted_spread(values: Sequence[float], mean: str = ".1f", deviation: str = ".1f") -> str:
+    """The same in these formats."""
+    shown = f"{statistics.mean(values):{mean}}"
+    return f"{shown} ± {statistics.stdev(values):{deviation}}" if len(values) > 1 else shown
 
 
 def number(value: float, digits: int = 3) -> str:

@@ -151,15 +151,7 @@ def variants() -> list[Variant]:
 
 
 def run(options: Options, progress: Progress) -> dict[str, Any]:
-    """Trains all variants from all seeds.
-
-    Args:
-        options: The settings.
-        progress: Where to show how far it is.
-
-    Returns:
-        All figures, ready for JSON.
-    """
+    """Trains all variants from all seeds."""
     journal = Journal(options.work, options.settings(), resume=options.resume)
     made = [variant for variant in variants() if variant.choice in options.choices]
     problems = {

@@ -96,10 +96,6 @@ def published(folder: Path) -> dict[str, bytes]:
 def run(options: Options, progress: Progress) -> dict[str, Any]:
     """Trains and measures with every method and seed.
 
-    Args:
-        options: What to run.
-        progress: Where to show how far it is.
-
     Returns:
         All figures, ready for JSON. The networks of each method's first seed are in the folder `work`.
     """
@@ -195,7 +191,8 @@ def finding(results: dict[str, Any]) -> str:
 
     def spread(key: str, scale: float = 1.0) -> list[str]:
         return [
-            _spread([scale * run[key] for run in results["runs"] if run["method"] == name]) for name in names
+            tables.spread([scale * run[key] for run in results["runs"] if run["method"] == name])
+            for name in names
         ]
 
     if len(names) < 2:
@@ -310,17 +307,10 @@ def _row(name: str, runs: list[dict[str, Any]]) -> list[str]:
 
     return [
         name,
-        _spread([100 * value for value in column("test_accuracy")]),
-        _spread(column("loss_gap")),
-        _spread(column("trace")),
+        tables.spread([100 * value for value in column("test_accuracy")]),
+        tables.spread(column("loss_gap")),
+        tables.spread(column("trace")),
         tables.number(math.sqrt(statistics.mean(error**2 for error in column("trace_standard_error")))),
-        _spread(column("largest_eigenvalue")),
-        _spread(column("seconds"), digits=2),
+        tables.spread(column("largest_eigenvalue")),
+        tables.spread(column("seconds"), digits=2),
     ]
-
-
-def _spread(values: list[float], digits: int = 3) -> str:
-    """Mean ± standard deviation."""
-    return tables.with_error(
-        statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None, digits
-    )

@@ -74,13 +74,6 @@ class Pool(NamedTuple):
 def run(options: Options, progress: Progress) -> dict[str, Any]:
     """Pretrains a network, and compares how the methods go on from it.
 
-    Args:
-        options: The settings.
-        progress: Where to show how far it is.
-
-    Returns:
-        All figures, ready for JSON.
-
     Raises:
         UserError: The images cannot be read or are too few, or the network cannot be fine-tuned.
     """

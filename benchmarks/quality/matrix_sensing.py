@@ -81,15 +81,7 @@ class Options(Output):
 
 
 def run(options: Options, progress: Progress) -> dict[str, Any]:
-    """Solves all problems by all methods.
-
-    Args:
-        options: The settings.
-        progress: Where to show how far it is.
-
-    Returns:
-        All figures, ready for JSON.
-    """
+    """Solves all problems by all methods."""
     names: list[str] = list(dict.fromkeys(options.methods))
     total = options.seeds * sum(METHODS[name].num_steps for name in names)
     task = progress.add_task("steps", total=total)
@@ -250,14 +242,9 @@ def _row(name: str, results: dict[str, Any]) -> list[str]:
         name,
         f"{settings['learning_rate']:g}",
         f"{settings['steps']:,}",
-        *(_spread([run["curve"][-1][key] for run in runs]) for key in SHOWN),
+        *(tables.formatted_spread([run["curve"][-1][key] for run in runs], ".2g", ".1g") for key in SHOWN),
         tables.number(statistics.mean(run["seconds"] for run in runs)),
     ]
-
-
-def _spread(values: list[float]) -> str:
-    mean = f"{statistics.mean(values):.2g}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.1g}"
 
 
 def _plain(_: jax.Array, factor: jax.Array, problem: Problem) -> jax.Array:

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import itertools
-import statistics
 from collections.abc import Iterator
 from typing import Any
 
@@ -68,10 +67,6 @@ class Options(Output):
 def run(options: Options, progress: Progress) -> dict[str, Any]:
     """Counts the weights that noise moves, and estimates and trains in every mode.
 
-    Args:
-        options: The settings.
-        progress: Where to show how far it is.
-
     Returns:
         All figures, ready for JSON: the shares of weights that do not move, and a record for every mode and
         sigma, in which what needs noise to be measured is None without.
@@ -101,7 +96,10 @@ def rows(results: dict[str, Any]) -> list[list[str]]:
             record["mode"],
             f"{record['sigma']:g}",
             *("" if record[name] is None else tables.number(record[name]) for name in ESTIMATED),
-            *(_cell(record["runs"], name, times) for name, times in MEASURED.items()),
+            *(
+                tables.spread([times * run[name] for run in record["runs"]])
+                for name, times in MEASURED.items()
+            ),
         ]
         for record in results["records"]
     ]
@@ -205,9 +203,3 @@ def _measure(model: nnx.Module) -> dict[str, float]:
 @functools.cache
 def _gauge() -> Gauge:
     return measuring.gauge(rounding.graphdef())
-
-
-def _cell(runs: list[dict[str, float]], name: str, times: float) -> str:
-    values = [times * run[name] for run in runs]
-    deviation = statistics.stdev(values) if len(values) > 1 else None
-    return tables.with_error(statistics.mean(values), deviation)

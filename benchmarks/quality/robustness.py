@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.progress import Progress
 
-from benchmarks.kit import plots
+from benchmarks.kit import plots, tables
 from benchmarks.kit.files import UserError
 from benchmarks.kit.journal import Journal
 from benchmarks.quality import robust_training
@@ -24,13 +24,6 @@ MATCHED_WITHIN = 0.003
 
 def run(options: Options, progress: Progress) -> dict[str, Any]:
     """Trains with every method, strength and seed, and attacks the networks.
-
-    Args:
-        options: The settings.
-        progress: Where to show how far it is.
-
-    Returns:
-        All figures, ready for JSON.
 
     Raises:
         UserError: The images cannot be read or are too few, or the journal's folder has another run.
@@ -233,7 +226,10 @@ def _row(
     """A method's cells; without accuracies if it has no strength that was chosen."""
     by_strength = _by_strength(runs, method)
     mine = next(iter(by_strength.values())) if strength is None else by_strength[strength]
-    cells = [_spread([100 * run["test"][attack] for run in mine]) for attack in ("clean", "fgsm", "pgd")]
+    cells = [
+        tables.formatted_spread([100 * run["test"][attack] for run in mine])
+        for attack in ("clean", "fgsm", "pgd")
+    ]
     shown = "-" if strength is None else f"{strength:g}"
     return [
         method if method == "plain" else f"{method} {shown}",
@@ -242,11 +238,6 @@ def _row(
         f"{mine[0]['steps']:,}",
         f"{statistics.mean(run['seconds'] for run in mine):.3g}",
     ]
-
-
-def _spread(values: list[float]) -> str:
-    mean = f"{statistics.mean(values):.1f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.1f}"
 
 
 def _claims(results: dict[str, Any]) -> str:
@@ -266,7 +257,7 @@ def _claims(results: dict[str, Any]) -> str:
 
 def _pair(pair: dict[str, Any]) -> str:
     first, second = pair["strengths"].values()
-    difference = _spread([100 * difference for difference in pair["pgd_difference_by_seed"]])
+    difference = tables.formatted_spread([100 * difference for difference in pair["pgd_difference_by_seed"]])
     return f"{first:g} and {second:g} by {difference}"
 
 

@@ -69,13 +69,6 @@ class Options(comparison.Options):
 def run(options: Options, progress: Progress) -> dict[str, Any]:
     """Compares how the methods fine-tune the encoder.
 
-    Args:
-        options: The settings.
-        progress: Where to show how far it is.
-
-    Returns:
-        All figures, ready for JSON.
-
     Raises:
         UserError: The texts or the model cannot be read, or there are too few texts.
     """

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import statistics
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.progress import Progress
 
-from benchmarks.kit import plots
+from benchmarks.kit import plots, tables
 from benchmarks.quality import gradient_variance, microbatch_training
 from benchmarks.quality.microbatch_training import Options
 from benchmarks.tasks import data
@@ -31,15 +30,7 @@ HEADERS = (
 
 
 def run(options: Options, progress: Progress) -> dict[str, Any]:
-    """Measures the variance of the gradient's estimate, and trains with estimates that differ in it.
-
-    Args:
-        options: The settings.
-        progress: Where to show how far it is.
-
-    Returns:
-        All figures, ready for JSON.
-    """
+    """Measures the variance of the gradient's estimate, and trains with estimates that differ in it."""
     methods = microbatch_training.compared(options.microbatches)
     estimates = 2 * len(gradient_variance.CASES) * len(gradient_variance.PARTS)
     strengths = sum(len(method.strengths) for method in methods.values())
@@ -88,8 +79,8 @@ def rows(results: dict[str, Any]) -> list[list[str]]:
             str(row["num_microbatches"] or ""),
             "",
             "",
-            _spread([100 * accuracy for accuracy in row["test_accuracy"]]),
-            _spread(row["trace"]),
+            tables.formatted_spread([100 * accuracy for accuracy in row["test_accuracy"]]),
+            tables.formatted_spread(row["trace"]),
         ]
         for row in results["training"]
         if row["best"]
@@ -174,11 +165,6 @@ def _standard_error(values: np.ndarray) -> Any:
 
 def _with_error(figure: dict[str, float]) -> str:
     return f"{figure['value']:.2f} ± {figure['standard_error']:.2f}" if figure["standard_error"] else "1"
-
-
-def _spread(values: list[float]) -> str:
-    mean = f"{statistics.mean(values):.1f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.1f}"
 
 
 def _plot_variance(axes: Axes, rows: list[dict[str, Any]]) -> None:

@@ -56,10 +56,6 @@ class Options(Output):
 def run(options: Options, progress: Progress) -> dict[str, Any]:
     """Makes every row of the table.
 
-    Args:
-        options: How often to try.
-        progress: Where to show how far it is.
-
     Returns:
         All figures, ready for JSON: the `rows`, and what the `soak` read of memory.
     """
