@@ -15,7 +15,7 @@ from benchmarks.kit import plots, timing
 from benchmarks.kit.options import Output, OwnCount
 from benchmarks.kit.timing import Call, Ratio
 
-NOISE = "noise"  # a case of its own, beside those of `steps`
+NOISE = "noise"  # a case of its own, beside those of `jax_steps`
 NOISE_REPETITIONS = 25
 
 # Every step with its label, under the library that makes it.

@@ -165,3 +165,25 @@ def test_ctrl_c_leaves_one_line_and_no_folder(monkeypatch, tmp_path, capsys):
 )
 def test_the_command_line_knows_all_choices(choices, known):
     assert get_args(choices) == tuple(known)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("", "--xla_force_host_platform_device_count=8"),
+        (
+            "--xla_cpu_enable_fast_math=false",
+            "--xla_cpu_enable_fast_math=false --xla_force_host_platform_device_count=8",
+        ),
+        ("--xla_force_host_platform_device_count=2", "--xla_force_host_platform_device_count=2"),
+    ],
+)
+def test_devices_are_simulated_before_jax_is_imported(flags, expected, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    imported = []
+    monkeypatch.setattr(registry.importlib, "import_module", imported.append)
+    registry.load("memory")
+    assert cli.os.environ["XLA_FLAGS"] == flags
+    registry.load("communication")
+    assert cli.os.environ["XLA_FLAGS"] == expected
+    assert imported == ["benchmarks.cost.memory", "benchmarks.cost.communication"]

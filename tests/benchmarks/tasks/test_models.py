@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 from benchmarks.tasks import data, models
+from benchmarks.tasks.data import Examples
 
 
 @nnx.jit
@@ -204,3 +205,32 @@ def test_labels_may_be_probabilities(smoothing):
     certain = EXAMPLES._replace(labels=np.eye(4, dtype=np.float32)[LABELS])
     losses = [models.cross_entropy(logits_of, examples, smoothing) for examples in (certain, EXAMPLES)]
     np.testing.assert_allclose(*losses, rtol=1e-6)
+
+
+def _num_weights(model):
+    return sum(w.size for w in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+def test_sizes_of_the_networks():
+    assert _num_weights(models.MLP(rngs=nnx.Rngs(0))) == 669_706
+    assert _num_weights(models.Transformer(rngs=nnx.Rngs(0))) == 5_014_026
+
+
+def test_transformer_sees_all_tokens_and_their_places():
+    model = models.Transformer(1, 16, 2, 16, vocabulary=10, length=8, rngs=nnx.Rngs(0))
+    tokens = np.arange(8)[None]
+    logits = model(tokens)
+    assert logits.shape == (1, 10)
+    assert not np.allclose(model(tokens[:, ::-1]), logits, atol=1e-6)
+    assert not np.allclose(model(np.where(tokens == 3, 9, tokens)), logits, atol=1e-6)
+
+
+def test_pure_loss_is_the_models_and_leaves_it_alone():
+    model = models.ConvNet(dropout=0.0, rngs=nnx.Rngs(0))
+    batch = Examples(jnp.ones((4, 8, 8, 1)), jnp.arange(4))
+    statistics = jax.tree.map(jnp.copy, nnx.state(model, nnx.BatchStat))
+    loss, params = models.pure_loss(model)
+    value, grads = jax.jit(jax.value_and_grad(loss))(params, batch)
+    assert jax.tree.structure(grads) == jax.tree.structure(params)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(model, nnx.BatchStat), statistics)
+    np.testing.assert_allclose(value, models.cross_entropy(model, batch), rtol=1e-6)
