@@ -15,7 +15,7 @@ from rich.progress import Progress
 from benchmarks.kit.files import ROOT, UserError
 from benchmarks.kit.options import Count, Output
 from tests.reliability import determinism, installation, kills, nonfinite, round_trips, soak
-from tests.reliability.outcome import Advance, Trials
+from tests.reliability.outcome import Advance, Outcome
 
 # What Hypothesis tries: the row's name, the file of tests, and what they try.
 PROPERTIES = {
@@ -61,20 +61,20 @@ def run(options: Options, progress: Progress) -> dict[str, Any]:
     """
     rows = []
 
-    def add(trials: Trials, start: float) -> None:
+    def add(outcome: Outcome, start: float) -> None:
         seconds = time.perf_counter() - start
-        rows.append({**trials._asdict(), "seconds": seconds})
-        told = f"{trials.fault}: {trials.survived:,} of {trials.tried:,} survived, {seconds:.0f} s"
+        rows.append({**outcome._asdict(), "seconds": seconds})
+        told = f"{outcome.fault}: {outcome.survived:,} of {outcome.tried:,} survived, {seconds:.0f} s"
         progress.console.print(told, highlight=False, soft_wrap=True)
 
     start = time.perf_counter()
     soaked = soak.apart(options.steps)
-    add(soak.trials(soaked), start)
+    add(soak.outcome(soaked), start)
     for name, check in CHECKS.items():
         advance = functools.partial(progress.advance, progress.add_task(name, total=None))
         start = time.perf_counter()
-        for trials in check(options, advance):
-            add(trials, start)
+        for outcome in check(options, advance):
+            add(outcome, start)
             start = time.perf_counter()
     return {"settings": options.settings(), "rows": rows, "soak": soaked._asdict()}
 
@@ -101,7 +101,7 @@ def _lost(row: dict[str, Any]) -> int:
     return row["tried"] - row["survived"]
 
 
-def _properties(name: str, options: Options, advance: Advance) -> Trials:
+def _properties(name: str, options: Options, advance: Advance) -> Outcome:
     """A row of property tests, run as `make nightly` does."""
     file, note = PROPERTIES[name]
     tests = str(ROOT / "tests" / file)
@@ -120,15 +120,15 @@ def _properties(name: str, options: Options, advance: Advance) -> Trials:
         raise UserError(f"the property tests did not run: {(done.stdout + done.stderr).strip()[-500:]}")
     passing, failing = (sum(map(int, column)) for column in zip(*counts, strict=True))
     advance(passing + failing)
-    return Trials(name, passing + failing, passing, note)
+    return Outcome(name, passing + failing, passing, note)
 
 
-def _damage(options: Options, advance: Advance) -> Iterator[Trials]:
+def _damage(options: Options, advance: Advance) -> Iterator[Outcome]:
     yield kills.damaged(advance)
     yield kills.damaged_lines(options.times, advance)
 
 
-def _wheel(options: Options, advance: Advance) -> Iterator[Trials]:
+def _wheel(options: Options, advance: Advance) -> Iterator[Outcome]:
     with installation.clean_environment() as (wheel, python):
         yield installation.wheel(wheel, python, advance)
         yield installation.imports(python, options.times, advance)

@@ -31,7 +31,7 @@ from tests.reliability.entry_points import (
     training_step,
     transformations,
 )
-from tests.reliability.outcome import Advance, Trials
+from tests.reliability.outcome import Advance, Outcome
 
 ROUNDING = 1e-5  # of a result's largest entry: some eighty times float32's eps
 SEEDS_OF_HASHES = ("0", "1", "random")
@@ -57,7 +57,7 @@ def determinism(
     *,
     times: int = 2,
     seeds_of_hashes: Sequence[str] = SEEDS_OF_HASHES,
-) -> Trials:
+) -> Outcome:
     """Pairs of results that must be the same: bit by bit, or to rounding where another program computes them.
 
     Args:
@@ -80,7 +80,7 @@ def determinism(
             same_bits.append(found[name] == of_ours)
             advance(1)
     largest = max(differences)
-    return Trials(
+    return Outcome(
         fault="the same key again",
         tried=len(same_bits) + len(differences),
         survived=sum(same_bits) + sum(difference <= ROUNDING for difference in differences),

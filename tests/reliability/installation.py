@@ -13,7 +13,7 @@ from benchmarks.kit import timing
 from benchmarks.kit.files import ROOT, UserError, write_into
 from benchmarks.kit.timing import Ratio
 from benchmarks.tasks import data
-from tests.reliability.outcome import Advance, Trials
+from tests.reliability.outcome import Advance, Outcome
 
 IMPORT_LIMIT = 1.5  # over the time that `import optax` takes
 
@@ -73,7 +73,7 @@ def clean_environment() -> Iterator[tuple[Path, Path]]:
         yield wheel, python
 
 
-def wheel(wheel: Path, python: Path, advance: Advance = lambda _: None) -> Trials:
+def wheel(wheel: Path, python: Path, advance: Advance = lambda _: None) -> Outcome:
     """The row of a wheel's installation: each check is a trial.
 
     Args:
@@ -94,12 +94,12 @@ def wheel(wheel: Path, python: Path, advance: Advance = lambda _: None) -> Trial
             failed.append(name)
         advance(1)
     note = f"not so: {', '.join(failed)}" if failed else ", ".join(checks)
-    return Trials(
+    return Outcome(
         "wheel in a clean environment, without the repository", len(checks), len(checks) - len(failed), note
     )
 
 
-def imports(python: Path, repetitions: int, advance: Advance = lambda _: None) -> Trials:
+def imports(python: Path, repetitions: int, advance: Advance = lambda _: None) -> Outcome:
     """The row of the time that an import takes.
 
     Args:
@@ -113,7 +113,7 @@ def imports(python: Path, repetitions: int, advance: Advance = lambda _: None) -
     }
     seconds = timing.interleaved(calls, repetitions, lambda: advance(1))
     ratio = timing.ratios(seconds, {"import": Ratio("nso_jax", 1, "optax")})["import"]
-    return Trials(
+    return Outcome(
         "import nso_jax beside import optax",
         repetitions,
         repetitions if ratio["median"] < IMPORT_LIMIT else 0,
@@ -121,7 +121,7 @@ def imports(python: Path, repetitions: int, advance: Advance = lambda _: None) -
     )
 
 
-def paths(advance: Advance = lambda _: None) -> Trials:
+def paths(advance: Advance = lambda _: None) -> Outcome:
     """The row of data sources whose names lead out of the output folder."""
     survived = 0
     for source in HOSTILE:
@@ -133,7 +133,7 @@ def paths(advance: Advance = lambda _: None) -> Trials:
             written = {path for path in Path(name).rglob("*") if path.is_file()}
             survived += written == set(out.glob("images-*.json"))
         advance(1)
-    return Trials(
+    return Outcome(
         "data sources named to leave the output folder",
         len(HOSTILE),
         survived,

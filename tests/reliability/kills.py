@@ -31,7 +31,7 @@ from benchmarks.tasks.models import MLP
 from benchmarks.training import loop
 from benchmarks.training.loop import Settings, Task
 from benchmarks.training.methods import METHODS
-from tests.reliability.outcome import Advance, Trials
+from tests.reliability.outcome import Advance, Outcome
 
 SCRIPT = ROOT / "examples" / "resume.py"
 NAMES = ("adam", "nso")
@@ -88,7 +88,7 @@ def train(folder: Path, advance: Advance = lambda _: None) -> None:
     finish(folder)
 
 
-def harness(times: int, advance: Advance = lambda _: None) -> Trials:
+def harness(times: int, advance: Advance = lambda _: None) -> Outcome:
     """Kills the training of `train`, in processes of its own.
 
     Args:
@@ -103,7 +103,7 @@ def harness(times: int, advance: Advance = lambda _: None) -> Trials:
     return _killed(HARNESS, times, advance)
 
 
-def script(times: int, advance: Advance = lambda _: None) -> Trials:
+def script(times: int, advance: Advance = lambda _: None) -> Outcome:
     """Kills `examples/resume.py`, as `harness` does.
 
     Args:
@@ -116,7 +116,7 @@ def script(times: int, advance: Advance = lambda _: None) -> Trials:
     return _killed(_script(), times, advance)
 
 
-def damaged(advance: Advance = lambda _: None) -> Trials:
+def damaged(advance: Advance = lambda _: None) -> Outcome:
     """Damages the last checkpoint of `train` and of `examples/resume.py`.
 
     Each of its files is cut short at a random byte, and then, instead, has a random bit flipped.
@@ -139,10 +139,12 @@ def damaged(advance: Advance = lambda _: None) -> Trials:
                 survived.append(goes_on(file.relative_to(folder), content, f"{last} is damaged"))
                 advance(1)
     note = "the checkpoint is named, and with the one before it the run ends with the same bits"
-    return Trials("file of a checkpoint cut short, or with a flipped bit", len(survived), sum(survived), note)
+    return Outcome(
+        "file of a checkpoint cut short, or with a flipped bit", len(survived), sum(survived), note
+    )
 
 
-def damaged_lines(times: int, advance: Advance = lambda _: None) -> Trials:
+def damaged_lines(times: int, advance: Advance = lambda _: None) -> Outcome:
     """Flips bits of the benchmarks' `metrics.jsonl`.
 
     Args:
@@ -162,7 +164,7 @@ def damaged_lines(times: int, advance: Advance = lambda _: None) -> Trials:
             survived.append(goes_on(Path(LINES), b"\n".join(changed), told))
             advance(1)
     note = "the line is named, and what it said is computed again with the same bits"
-    return Trials("flipped bit in a line of metrics.jsonl", len(survived), sum(survived), note)
+    return Outcome("flipped bit in a line of metrics.jsonl", len(survived), sum(survived), note)
 
 
 @functools.cache
@@ -209,7 +211,7 @@ def _script() -> Program:
     return Program("examples/resume.py", (sys.executable, str(SCRIPT)), main, main, "weights.safetensors")
 
 
-def _killed(program: Program, times: int, advance: Advance) -> Trials:
+def _killed(program: Program, times: int, advance: Advance) -> Outcome:
     rng, tried, survived, writing = random.Random(0), 0, 0, 0  # noqa: S311
     with tempfile.TemporaryDirectory() as made:
         whole = Path(made) / "whole"
@@ -220,7 +222,7 @@ def _killed(program: Program, times: int, advance: Advance) -> Trials:
             tried, writing = tried + len(kills), writing + sum(kills)
             survived += len(kills) * program.same(folder, whole)
     note = f"the run ends with the same bits; {writing} of the kills cut the writing of a checkpoint short"
-    return Trials(f"SIGKILL of {program.name}", tried, survived, note)
+    return Outcome(f"SIGKILL of {program.name}", tried, survived, note)
 
 
 def _run(program: Program, folder: Path, most: int, rng: random.Random, advance: Advance) -> list[bool]:

@@ -24,14 +24,14 @@ from tests.reliability.entry_points import (
     training_step,
     transformations,
 )
-from tests.reliability.outcome import Advance, Trials
+from tests.reliability.outcome import Advance, Outcome
 
 STEPS = 30
 BAD_STEP = 5
 BISECTIONS = 16
 
 
-def nonfinite(times: int, advance: Advance = lambda _: None) -> Trials:
+def nonfinite(times: int, advance: Advance = lambda _: None) -> Outcome:
     """Faults that make an evaluation NaN or infinite in the midst of a training, by every entry point.
 
     Args:
@@ -47,7 +47,7 @@ def nonfinite(times: int, advance: Advance = lambda _: None) -> Trials:
             whole = fault in _DATA_FAULTS or name not in entries or entries[name].of_one_point
             survived.append(_trains_on(step, fault, rng, whole=whole))
             advance(1)
-    return Trials(
+    return Outcome(
         fault="a NaN or infinity in one evaluation",
         tried=len(survived),
         survived=sum(survived),

@@ -6,7 +6,7 @@ from typing import NamedTuple
 Advance = Callable[[float], None]  # called with 1 after each trial
 
 
-class Trials(NamedTuple):
+class Outcome(NamedTuple):
     """A row of the reliability table.
 
     Attributes:

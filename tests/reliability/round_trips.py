@@ -17,7 +17,7 @@ from flax import nnx
 
 import nso_jax
 from nso_jax import sharpness
-from tests.reliability.outcome import Advance, Trials
+from tests.reliability.outcome import Advance, Outcome
 
 State = Any
 Optimizer = Callable[[jax.Array], optax.GradientTransformationExtraArgs]
@@ -166,7 +166,7 @@ def lost(optimizer: str, key: str, route: str) -> list[str]:
     return _differences(state, back) + [f"next {path}" for path in _differences(step(state), step(back))]
 
 
-def round_trips(advance: Advance = lambda _: None) -> Trials:
+def round_trips(advance: Advance = lambda _: None) -> Outcome:
     """Sends the state of each optimizer, with each kind of key, on each route.
 
     Args:
@@ -180,7 +180,7 @@ def round_trips(advance: Advance = lambda _: None) -> Trials:
         survived.append(not lost(*trip))
         advance(1)
     note = f"by {', '.join(ROUTES)}: all leaves and the next step are the same, to the bit"
-    return Trials("round trip of an optimizer's state", len(survived), sum(survived), note)
+    return Outcome("round trip of an optimizer's state", len(survived), sum(survived), note)
 
 
 def _differences(one: State, other: State) -> list[str]:

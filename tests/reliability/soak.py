@@ -17,7 +17,7 @@ from benchmarks.kit.files import ROOT
 from benchmarks.quality import demo, demo_options
 from benchmarks.tasks.data import Examples
 from benchmarks.training import loop
-from tests.reliability.outcome import Trials
+from tests.reliability.outcome import Outcome
 
 NUM_RECORDS = 100
 WARM_UP = 0.2  # of the steps: allocators and caches fill up first
@@ -100,7 +100,7 @@ def apart(num_steps: int) -> Soak:
     return Soak(**json.loads(done.stdout))
 
 
-def trials(soaked: Soak) -> Trials:
+def outcome(soaked: Soak) -> Outcome:
     """The row of a soak: its steps survived if nothing grew and nothing was compiled again."""
     steps, grown = soaked.steps[-1], soaked.arrays[-1] - soaked.arrays[soaked.warm]
     flat = soaked.slope < LIMIT and soaked.traced == grown == 0
@@ -108,7 +108,7 @@ def trials(soaked: Soak) -> Trials:
         f"memory grows by {soaked.slope:.2f} MiB in 1,000 steps, where {LIMIT:g} is allowed, to "
         f"{soaked.mebibytes[-1]:.0f} MiB; {soaked.traced} functions are traced again, and {grown} arrays left"
     )
-    return Trials("training steps in one process", steps, steps if flat else 0, note)
+    return Outcome("training steps in one process", steps, steps if flat else 0, note)
 
 
 if __name__ == "__main__":

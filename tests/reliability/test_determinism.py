@@ -13,12 +13,12 @@ from tests.reliability import determinism, entry_points
 @pytest.mark.slow
 def test_the_same_key_gives_the_same_result_everywhere():
     advances = []
-    trials = determinism.determinism(advances.append, times=1, seeds_of_hashes=("random",))
-    assert trials.survived == trials.tried == len(advances) > 30
+    outcome = determinism.determinism(advances.append, times=1, seeds_of_hashes=("random",))
+    assert outcome.survived == outcome.tried == len(advances) > 30
 
 
 def test_other_keys_give_other_digests(key):
-    """What the trials compare would show a difference."""
+    """What is compared would show a difference."""
     params, _ = entry_points.make_problem(np.random.default_rng(0))
     one, other = (noise.perturbation(k, params, 0.1) for k in (key, jax.random.fold_in(key, 1)))
     assert determinism.digest(one) != determinism.digest(other)

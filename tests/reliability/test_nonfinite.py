@@ -19,12 +19,12 @@ PATIENCE = 3
 @pytest.mark.slow
 def test_no_fault_is_averaged_away_and_training_goes_on():
     advances = []
-    trials = nonfinite.nonfinite(1, advances.append)
-    assert trials.survived == trials.tried == len(advances) == sum(advances) > 50
+    outcome = nonfinite.nonfinite(1, advances.append)
+    assert outcome.survived == outcome.tried == len(advances) == sum(advances) > 50
 
 
 def test_exactly_one_evaluation_is_hit(key):
-    """The trials' fault in one draw is in one draw, and it is enough."""
+    """The fault in one draw is in one draw, and it is enough."""
     rng = np.random.default_rng(0)
     params, batch = entry_points.make_problem(rng)
     fn = jax.jit(

@@ -9,7 +9,7 @@ from benchmarks import __main__ as cli
 from benchmarks.kit import tables
 from benchmarks.quality import demo
 from tests.reliability import command, soak
-from tests.reliability.outcome import Trials
+from tests.reliability.outcome import Outcome
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,7 @@ FLAT = soak.Soak([*range(1, 101)], [600.0] * 100, [50] * 100, 0)
 @pytest.mark.slow
 def test_a_long_training_neither_grows_nor_compiles_again():
     soaked = soak.apart(1000)
-    row = soak.trials(soaked)
+    row = soak.outcome(soaked)
     assert len(soaked.steps) == len(soaked.mebibytes) == len(soaked.arrays) == 100
     assert (soaked.steps[-1], soaked.traced) == (1000, 0)
     assert soaked.arrays[soaked.warm] == soaked.arrays[-1]
@@ -34,9 +34,9 @@ def test_a_long_training_neither_grows_nor_compiles_again():
     "grown", [{"traced": 1}, {"arrays": [*range(100)]}, {"mebibytes": [600 + 0.01 * i for i in range(100)]}]
 )
 def test_what_grows_is_a_loss(grown):
-    assert soak.trials(FLAT).survived == 100
-    assert soak.trials(FLAT._replace(mebibytes=[600.0] * 70 + [603.0] * 30)).survived == 100
-    assert soak.trials(FLAT._replace(**grown)).survived == 0
+    assert soak.outcome(FLAT).survived == 100
+    assert soak.outcome(FLAT._replace(mebibytes=[600.0] * 70 + [603.0] * 30)).survived == 100
+    assert soak.outcome(FLAT._replace(**grown)).survived == 0
 
 
 @pytest.mark.slow
@@ -58,13 +58,13 @@ def test_a_leak_is_seen(monkeypatch):
     monkeypatch.setattr(demo, "make_task", leaking)
     soaked = soak.soak(20)
     assert soaked.arrays[-1] - soaked.arrays[soaked.warm] == 20 - soaked.steps[soaked.warm]
-    assert soak.trials(soaked).survived == 0
+    assert soak.outcome(soaked).survived == 0
 
 
 def test_the_command_leaves_its_figures(tmp_path, monkeypatch):
     checks = {
-        "good": lambda _, advance: [advance(2) or Trials("a good one", 2, 2, "all well")],
-        "bad": lambda options, _: [Trials("a bad one", options.times, 1, "not so well")],
+        "good": lambda _, advance: [advance(2) or Outcome("a good one", 2, 2, "all well")],
+        "bad": lambda options, _: [Outcome("a bad one", options.times, 1, "not so well")],
     }
     monkeypatch.setattr(command, "CHECKS", checks)
     monkeypatch.setattr(soak, "apart", lambda _: FLAT)
