@@ -101,7 +101,7 @@ def _measure(name: str, study: Any, options: Any) -> None:
 
 def _missing_package(error: ImportError) -> Exception:
     package = (error.name or "").partition(".")[0]
-    if package in {"benchmarks", "nso_jax"}:
+    if package in {"benchmarks", "nso_jax", "tests"}:
         return error
     return UserError(
         f"needs {package or error}, of the 'benchmarks' extra: "

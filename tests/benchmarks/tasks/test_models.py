@@ -234,3 +234,12 @@ def test_pure_loss_is_the_models_and_leaves_it_alone():
     assert jax.tree.structure(grads) == jax.tree.structure(params)
     jax.tree.map(np.testing.assert_array_equal, nnx.state(model, nnx.BatchStat), statistics)
     np.testing.assert_allclose(value, models.cross_entropy(model, batch), rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 1), (5, 7, 3)])
+def test_network_takes_any_shape_and_examples_do_not_mix(shape):
+    model = models.StridedConvNet(shape, 4, rngs=nnx.Rngs(0))
+    images = jax.random.uniform(jax.random.key(0), (3, *shape))
+    logits = nnx.jit(model)(images)
+    assert logits.shape == (3, 4)
+    np.testing.assert_allclose(nnx.jit(model)(images[1:2])[0], logits[1], rtol=1e-4, atol=1e-5)
