@@ -30,7 +30,12 @@ PRIOR_SECONDS = 10.0  # for which the pace is what was expected, whatever the cl
 
 
 class Benchmark(Tabular, Protocol):
-    """A module that is a command. Most have `plot(results)` too, its figures as a picture, PNG."""
+    """A module that is a command, with the dataclass `Options` of its settings.
+
+    Most have `plot(results)` too, its figures as a picture, PNG; `markdown(results)` is a shorter table for
+    readers. The demo, which shows its progress and names its files in its own way, has `measure(options)` and
+    `published(folder)` instead of what is done here and by `benchmarks.publish`.
+    """
 
     def run(self, options: Any, progress: Progress, /) -> dict[str, Any]:
         """Measures.
