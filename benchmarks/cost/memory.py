@@ -103,8 +103,8 @@ def caption(results: dict[str, Any]) -> str:
     return (
         "Temporary memory of the averaged gradient beyond that of the plain one, in units of the params "
         f"({sizes}, {results['settings']['dtype']}), as XLA states it for the compiled program "
-        f"({results['machine']['device']}). Draws in turn: chunk_size=1, the default on CPU; at once: "
-        "chunk_size=k, the default elsewhere."
+        f"({results['machine']['device']}). Draws in turn: chunk_size=1, the default; at once: "
+        "chunk_size=k."
     )
 
 
