@@ -15,7 +15,7 @@ import nso_jax
 from benchmarks.kit import timing
 from benchmarks.kit.timing import Call
 from benchmarks.tasks.data import Examples
-from benchmarks.tasks.models import MLP, ConvNet, Transformer, pure_loss
+from benchmarks.tasks.models import MLP, ConvNet, StridedConvNet, Transformer, pure_loss
 from nso_jax import noise, parallel
 
 SIGMA, RHO, LEARNING_RATE, MOMENTUM = 0.01, 0.05, 1e-3, 0.9
@@ -48,7 +48,8 @@ class Case:
 
 
 CASES = {
-    "convnet": Case("ConvNet, batch 128", functools.partial(ConvNet, dropout=0.0), (128, 8, 8, 1)),
+    "convnet": Case("ConvNet of the demo, batch 50", functools.partial(ConvNet, dropout=0.0), (50, 8, 8, 1)),
+    "convnet-28": Case("ConvNet, 28x28, batch 64", StridedConvNet, (64, 28, 28, 1)),
     "mlp-64": Case("MLP, batch 64", MLP, (64, 28, 28, 1)),
     "mlp-512": Case("MLP, batch 512", MLP, (512, 28, 28, 1)),
     "transformer": Case(
@@ -75,11 +76,12 @@ def step_calls(case: Case) -> tuple[int, dict[str, Call]]:
     loss, params = pure_loss(model)
     num_weights = sum(w.size for w in jax.tree.leaves(params))
     calls = _jax_calls(loss, params, batch, case.without)
-    if device := timing.torch_device():
+    network, device = type(model).__name__, timing.torch_device()
+    if device and network != "StridedConvNet":
         from benchmarks.cost import torch_steps  # noqa: PLC0415
 
         torch_weights, rivals = torch_steps.steps(
-            type(model).__name__,
+            network,
             batch,
             device,
             sigma=SIGMA,

@@ -48,6 +48,11 @@ def interleaved(
     return seconds
 
 
+def first_calls(calls: Mapping[str, Call]) -> dict[str, float]:
+    """Seconds of the first call of each, in which it is traced and compiled."""
+    return {name: _seconds(call, 1) for name, call in calls.items()}
+
+
 def ratios(
     seconds: Mapping[str, Sequence[float]], wanted: Mapping[str, Ratio]
 ) -> dict[str, dict[str, float]]:
