@@ -48,12 +48,12 @@ class Case:
 
 
 CASES = {
-    "convnet": Case("ConvNet of the demo, batch 50", functools.partial(ConvNet, dropout=0.0), (50, 8, 8, 1)),
-    "convnet-28": Case("ConvNet, 28x28, batch 64", StridedConvNet, (64, 28, 28, 1)),
+    "convnet": Case("ConvNet, 8x8", functools.partial(ConvNet, dropout=0.0), (52, 8, 8, 1)),
+    "convnet-28": Case("ConvNet, 28x28", StridedConvNet, (64, 28, 28, 1)),
     "mlp-64": Case("MLP, batch 64", MLP, (64, 28, 28, 1)),
     "mlp-512": Case("MLP, batch 512", MLP, (512, 28, 28, 1)),
     "transformer": Case(
-        "Transformer, batch 16",
+        "Transformer",
         Transformer,
         (16, 64),
         vocabulary=1000,
