@@ -251,7 +251,8 @@ def with_fast_bits(key: jax.Array) -> jax.Array:
 def repeated_bits(key: jax.Array, shape: Sequence[int], repeats: Sequence[int]) -> jax.Array:
     """Random 32-bit words, each of them repeated so many times along each axis of `shape`.
 
-    XLA:TPU writes what is repeated along an axis to memory. There each entry hashes the number of its word.
+    Except on CPU, each entry hashes the number of its word for itself. Other compilers do that where the word
+    is used; what is repeated along an axis goes to memory, on TPU at least.
     """
     sizes = [size // count for size, count in zip(shape, repeats, strict=True)]
 
@@ -272,7 +273,7 @@ def repeated_bits(key: jax.Array, shape: Sequence[int], repeats: Sequence[int]) 
     data = jax.random.key_data(key)
     if not _counts(key, sizes):
         return repeated(data)
-    return jax.lax.platform_dependent(data, tpu=hashed, default=repeated)
+    return jax.lax.platform_dependent(data, cpu=repeated, default=hashed)
 
 
 def _counts(key: jax.Array, shape: Sequence[int]) -> bool:

@@ -54,12 +54,8 @@ def key():
 
 @pytest.fixture
 def elsewhere(monkeypatch):
-    """What is compiled for TPU, and most of it for GPU, on the CPU: draws in loops, barriers that are no loops."""
-    monkeypatch.setattr(
-        jax.lax,
-        "platform_dependent",
-        lambda *args, default, **branches: branches.get("tpu", default)(*args),
-    )
+    """What is compiled for TPU and GPU, on the CPU: draws in loops, barriers that are no loops."""
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
 
 
 @pytest.fixture(params=["on CPU", "elsewhere"])

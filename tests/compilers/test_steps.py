@@ -240,10 +240,7 @@ def test_draws_follow_one_another_in_a_loop(platform):
         ("data and model", 1, {"sampler": noise.rademacher, "antithetic": False}),
     ],
 )
-def test_noise_for_sharded_params_sends_nothing(platform, layout, gradients, options, request):
-    if platform == "tpu" and "sampler" in options:
-        reason = "XLA:TPU splits the 8 words of a whole vector over 8 chips, and gathers them: 64 bytes."
-        request.applymarker(pytest.mark.xfail(reason=reason, raises=AssertionError))
+def test_noise_for_sharded_params_sends_nothing(platform, layout, gradients, options):
     plainly = sent(sharded(platform, layout))
     assert plainly
     assert sent(sharded(platform, layout, **options)) == times(gradients, plainly)
@@ -256,14 +253,9 @@ def test_signs_take_fewer_operations_than_normal_noise(platform, implementation)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_signs_take_no_more_memory_than_normal_noise(platform, implementation, request):
-    if implementation == "threefry2x32":
-        reason = (
-            "Compilers draw normal noise where it is used, for 300 operations more; signs pass by memory."
-        )
-        request.applymarker(pytest.mark.xfail(reason=reason, raises=AssertionError))
+def test_signs_take_no_more_memory_than_normal_noise(platform, implementation):
     normal, signs = (program(platform, name, implementation) for name in ("one draw", "signs"))
-    assert compilers.cost(signs).bytes_accessed < compilers.cost(normal).bytes_accessed
+    assert compilers.cost(signs).bytes_accessed <= compilers.cost(normal).bytes_accessed
     assert compilers.memory(signs).temp <= compilers.memory(normal).temp
 
 
