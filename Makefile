@@ -1,4 +1,4 @@
-# All that this needs is Python 3.11 or newer: each target makes what it lacks in .venv, .venv-docs, .venv-oldest, .venv-newest.
+# All that this needs is Python 3.11 or newer: each target makes what it lacks in .venv, .venv-docs, .venv-compilers, .venv-oldest, .venv-newest.
 PYTHON ?= python3
 NEWEST ?= $(or $(shell for version in 3.14 3.13 3.12; do \
 	PYENV_VERSION=$$version python$$version -c 'import sys; print(sys.executable)' 2>/dev/null && break; done),$(PYTHON))
@@ -9,7 +9,7 @@ PYTEST := $(BIN)/python -m pytest
 # Each worker takes its half of the tests in their order, so that what a module's tests share is made once.
 PARALLEL := -n 2 --dist worksteal
 
-.PHONY: demo dist docs test test-all test-slow test-oldest test-newest nightly reliability lint clean models
+.PHONY: demo dist docs test test-all test-slow test-oldest test-newest test-compilers nightly reliability lint clean models
 
 # Needs less than the tests do, and takes what they have where they have run; they complete what it has made.
 demo: $(or $(wildcard $(READY)),.venv/demo-ready)
@@ -50,6 +50,10 @@ test-oldest: say-test-oldest .venv-oldest/ready
 test-newest: say-test-newest .venv-newest/ready
 	.venv-newest/bin/python -m pytest $(PARALLEL) -m "not timing and not slow" --ignore tests/benchmarks
 
+# What the compilers of TPUs and of NVIDIA GPUs make of training steps, on a machine without either.
+test-compilers: say-test-compilers .venv-compilers/ready
+	JAX_PLATFORMS=cpu XLA_FLAGS= .venv-compilers/bin/python -m pytest tests/compilers
+
 # Minutes are those of two cores that do nothing else, after what is missing has been installed.
 say-%:
 	@echo 'make $*: $(SAY_$*)'
@@ -58,6 +62,7 @@ SAY_test := lint, types, the quicker tests of every module, doctests, the code o
 SAY_test-all := slow tests, faults, timing, notebooks; then quicker tests on the oldest and newest versions; 30 minutes.
 SAY_test-slow := slow tests, faults, benchmark commands, timing, notebooks; 15 minutes.
 SAY_test-oldest := the quicker tests on the oldest versions; 8 minutes.
+SAY_test-compilers := training steps, compiled for 8 TPU chips and for 8 GPUs; 5 minutes.
 SAY_test-newest := the quicker tests on the newest versions and the newest Python; 8 minutes.
 
 nightly: $(READY)
@@ -105,10 +110,19 @@ $(READY): pyproject.toml nso_jax/__init__.py
 	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[dev]'
 	touch $@
 
+# libtpu in the version that jax[tpu] asks for. XLA's compiler for GPUs does without the libraries of CUDA.
+.venv-compilers/ready: pyproject.toml nso_jax/__init__.py
+	$(PYTHON) -m venv .venv-compilers
+	.venv-compilers/bin/python -m pip install --quiet --editable '.[compilers]'
+	version=$$(.venv-compilers/bin/python -c 'import jax; print(jax.__version__)') && \
+	.venv-compilers/bin/python -m pip install --quiet --no-deps \
+		jax-cuda12-plugin==$$version jax-cuda12-pjrt==$$version
+	touch $@
+
 .venv-docs/ready: pyproject.toml nso_jax/__init__.py
 	$(PYTHON) -m venv .venv-docs
 	.venv-docs/bin/python -m pip install --quiet --editable '.[docs]' build twine
 	touch $@
 
 clean:
-	rm -rf .venv .venv-docs .venv-oldest .venv-newest docs/_build docs/notebooks docs/_static/tex-svg.js runs dist .jax_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-compilers .venv-docs .venv-oldest .venv-newest docs/_build docs/notebooks docs/_static/tex-svg.js runs dist .jax_cache .mypy_cache .pytest_cache .ruff_cache

@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import math
-import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +13,7 @@ from matplotlib.figure import Figure
 from rich.progress import Progress
 
 import nso_jax
-from benchmarks import arguments, models, plots
+from benchmarks import arguments, compilers, models, plots
 from benchmarks.data import Examples
 from nso_jax import noise, parallel
 from nso_jax.noise import Sampler
@@ -36,13 +34,6 @@ SAMPLERS: dict[str, Sampler] = {
 }
 
 HEADERS = ("step", "k", "arrays", "MB", "of plain", "added by noise")
-
-# An operation that takes two instructions is counted where it is done.
-_COLLECTIVE = re.compile(
-    r"= (?P<shapes>.*?) "
-    r"(?P<kind>all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-done)?\("
-)
-_SHAPE = re.compile(r"\b(?:pred|[a-z]+(?P<bits>\d+)\w*)\[(?P<sizes>[\d,]*)\]")
 
 Gradient = Callable[[jax.Array, nnx.State, Examples], tuple[jax.Array, nnx.State]]
 
@@ -173,25 +164,6 @@ def data_parallel_steps(loss: Callable[..., jax.Array], samples: Sequence[int]) 
     ]
 
 
-def collectives(hlo: str) -> dict[str, dict[str, int]]:
-    """The arrays that a compiled program sends, and their bytes, by kind of operation.
-
-    What stands in a loop is counted once; but on CPU the library unrolls its loops.
-    """
-    counted: dict[str, dict[str, int]] = {}
-    for operation in _COLLECTIVE.finditer(hlo):
-        kind = counted.setdefault(operation["kind"], {"arrays": 0, "bytes": 0})
-        shapes = list(_SHAPE.finditer(operation["shapes"]))
-        kind["arrays"] += len(shapes)
-        kind["bytes"] += sum(map(_num_bytes, shapes))
-    return counted
-
-
-def _num_bytes(shape: re.Match[str]) -> int:
-    entries = math.prod(int(size) for size in shape["sizes"].split(",") if size)
-    return entries * int(shape["bits"] or 8) // 8
-
-
 def _data_parallel(steps: list[Step], params: nnx.State, advance: Callable[[], None]) -> list[dict[str, Any]]:
     measured = []
     for step in steps:
@@ -243,7 +215,7 @@ def _sent(gradient: Gradient, params: nnx.State) -> dict[str, Any]:
     lowered = jax.jit(step, out_shardings=out_shardings).lower(key, params, Examples(images, labels))
     # XLA chooses what to send before it generates code, which need not be good code here.
     compiled = lowered.compile(compiler_options={"xla_backend_optimization_level": "0"})
-    by_kind = collectives(compiled.as_text() or "")
+    by_kind = {kind: sent._asdict() for kind, sent in compilers.collectives(compiled).items()}
     totals: dict[str, Any] = {
         what: sum(kind[what] for kind in by_kind.values()) for what in ("arrays", "bytes")
     }
