@@ -26,11 +26,13 @@ class Command(NamedTuple):
         help: What it does.
         minutes: That it takes on two CPU cores, by default.
         devices: How many devices a CPU is to be split into; None leaves that to the user.
+        compiles: Whether it compiles for chips that are not there, so that JAX itself is to stay on the CPU.
     """
 
     help: str
     minutes: int
     devices: int | None = None
+    compiles: bool = False
 
 
 MEASUREMENTS = {
@@ -38,6 +40,7 @@ MEASUREMENTS = {
     "step-cost": Command("times of training steps, beside SAM and PyTorch", 10),
     "memory": Command("memory of the averaged gradient beyond a plain one", 5),
     "communication": Command("bytes that devices exchange in a training step", 1, devices=8),
+    "pods": Command("training steps on TPU pods, by the TPU's compiler", 40, compiles=True),
     "variance": Command("variance of the averaged gradient, at equal cost", 15, devices=8),
     "curvature": Command("how curved the loss of a saved network is", 1),
     "curvature-peers": Command("curvature, beside PyHessian and curvlinops", 5),
@@ -78,6 +81,7 @@ TABLES = {
     "images-mnist-scratch": "images",
     "matrix-sensing": "matrix_sensing",
     "memory": "memory",
+    "pods": "pods",
     "precision": "precision",
     "reliability": "reliability",
     "rivals": "rivals",
@@ -181,6 +185,8 @@ def _load(name: str) -> Any:
     flag, flags = "--xla_force_host_platform_device_count", os.environ.get("XLA_FLAGS", "")
     if (devices := COMMANDS[name].devices) and flag not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {flag}={devices}".strip()
+    if COMMANDS[name].compiles:
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
     return importlib.import_module(f"benchmarks.{name.replace('-', '_')}")
 
 

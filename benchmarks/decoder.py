@@ -107,13 +107,21 @@ def partition(params: Params, shards: str | None, tensor: str | None = None) -> 
     return jax.tree.map_with_path(spec, params)
 
 
-def loss(params: Params, batch: Batch, *, size: Size, sharding: jax.sharding.Sharding | None = None) -> jax.Array:
+def loss(
+    params: Params,
+    batch: Batch,
+    *,
+    size: Size,
+    dtype: Any = jnp.bfloat16,
+    sharding: jax.sharding.Sharding | None = None,
+) -> jax.Array:
     """The mean cross-entropy of the next token.
 
     Args:
         params: The weights.
         batch: The tokens.
         size: The sizes that shapes of the weights do not tell.
+        dtype: In which weights and activations are multiplied.
         sharding: That of the residual stream, (examples, length, width), where the compiler is to be told.
     """
 
@@ -121,20 +129,22 @@ def loss(params: Params, batch: Batch, *, size: Size, sharding: jax.sharding.Sha
         return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
 
     def layer(x: jax.Array, w: Params) -> tuple[jax.Array, None]:
-        w = jax.tree.map(_cast, w)
         x = placed(x + _attention(_rms_norm(x, w["attention_norm"]), w, size))
         y = _rms_norm(x, w["mlp_norm"])
         return placed(x + (jax.nn.silu(y @ w["gate"]) * (y @ w["up"])) @ w["down"]), None
 
-    x = placed(_cast(params["embedding"])[batch.inputs])
+    # Before the loop, so that the layers' weights are gathered, and their gradients stacked, in 16 bits.
+    params = jax.tree.map(lambda w: w.astype(dtype), params)
+    x = placed(params["embedding"][batch.inputs])
     x, _ = jax.lax.scan(jax.checkpoint(layer), x, params["layers"])
-    x = _rms_norm(x, _cast(params["norm"]))
-    logits = jnp.matmul(x, _cast(params["head"]), preferred_element_type=jnp.float32)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets).mean()
+    return _cross_entropy(_rms_norm(x, params["norm"]), params["head"], batch.targets)
 
 
-def _cast(w: jax.Array) -> jax.Array:
-    return w.astype(jnp.bfloat16)
+@jax.checkpoint
+def _cross_entropy(x: jax.Array, head: jax.Array, targets: jax.Array) -> jax.Array:
+    """Computed again backward, so that logits, the largest arrays of all, are never kept."""
+    logits = jnp.matmul(x, head, preferred_element_type=jnp.float32)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
 
 
 def _rms_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
