@@ -313,7 +313,7 @@ def _figures(case: Case, method: Method, effort: float) -> dict[str, Any]:
 
 
 def _largest(case: Case, method: Method, effort: float) -> dict[str, int]:
-    """The most examples for which the compiler finds room in a chip's memory: the case's, doubled and doubled."""
+    """The most examples for which the compiler finds room: as many as the case has, or twice, four times ...."""
     while _fits(larger := case._replace(examples=2 * case.examples), method, effort):
         case = larger
     return {"examples": case.examples}
