@@ -313,7 +313,7 @@ def _figures(case: Case, method: Method, effort: float) -> dict[str, Any]:
 
 
 def _largest(case: Case, method: Method, effort: float) -> dict[str, int]:
-    """The most examples for which the compiler finds room: as many as the case has, or twice, four times ...."""
+    """The most examples for which the compiler finds room: the case's, doubled as long as there is some."""
     while _fits(larger := case._replace(examples=2 * case.examples), method, effort):
         case = larger
     return {"examples": case.examples}
