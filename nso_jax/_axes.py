@@ -7,10 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+from jax.extend.core import Jaxpr, Literal
 
 from nso_jax import noise
 from nso_jax._checks import PyTree, broadcast_prefix, check_mapped, describe, dtype_of, is_inexact
+from nso_jax._tracing import inner_jaxprs, varies
 
 AxisName = Hashable | tuple[Hashable, ...]
 
@@ -48,7 +49,7 @@ def localize(
 def localize_like(tree: PyTree, values: PyTree) -> PyTree:
     """Each device's own copy of arrays, along the axes of `shard_map` on which JAX knows values to differ."""
     manual = jax.sharding.get_abstract_mesh().manual_axes
-    axes = [axis for axis in manual if any(_varies(x, axis) for x in jax.tree.leaves(values))]
+    axes = [axis for axis in manual if any(varies(x, axis) for x in jax.tree.leaves(values))]
     return jax.tree.map(lambda x: _own(x, axes), tree)
 
 
@@ -78,7 +79,7 @@ def check_own_gradients(
 
     Of copies of the params, that is, for which JAX knows (`check_vma`) that they are the devices' own.
     """
-    axes = {axis for axis in as_tuple(axis_name) if any(_varies(x, axis) for x in jax.tree.leaves(params))}
+    axes = {axis for axis in as_tuple(axis_name) if any(varies(x, axis) for x in jax.tree.leaves(params))}
     if not axes:
         return
     closed = jax.make_jaxpr(grad_fn)(params)
@@ -89,13 +90,6 @@ def check_own_gradients(
             "nso_jax.value_and_grad(loss, ..., axis_name=...), which sees the loss, or pass "
             "check_vma=False to shard_map."
         )
-
-
-def inner_jaxprs(equation: JaxprEqn) -> list[Jaxpr]:
-    """The jaxprs among the parameters of an equation: bodies of loops, branches, jitted functions."""
-    leaves = jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: isinstance(x, Jaxpr))
-    closed = [x.jaxpr if isinstance(x, ClosedJaxpr) else x for x in leaves]
-    return [x for x in closed if isinstance(x, Jaxpr)]
 
 
 def combine_over_axis(
@@ -153,7 +147,7 @@ def _sums_over(axes: set[Hashable], jaxpr: Jaxpr, depends: list[bool]) -> bool:
 
 def _own(x: Any, axes: Iterable[Hashable]) -> Any:
     for axis in axes:
-        x = x if _varies(x, axis) else jax.lax.pcast(x, axis, to="varying")
+        x = x if varies(x, axis) else jax.lax.pcast(x, axis, to="varying")
     return x
 
 
@@ -161,30 +155,23 @@ def _tracked(axes: Iterable[Hashable]) -> list[Hashable]:
     """Those axes along which JAX tracks what differs between devices: of `shard_map` with `check_vma`."""
     manual = jax.sharding.get_abstract_mesh().manual_axes
     zero = jnp.zeros(())
-    return [
-        axis for axis in axes if axis in manual and _varies(jax.lax.pcast(zero, axis, to="varying"), axis)
-    ]
+    return [axis for axis in axes if axis in manual and varies(jax.lax.pcast(zero, axis, to="varying"), axis)]
 
 
 def other_axes(key: jax.Array, axis_name: AxisName | None) -> list[Hashable]:
     """The axes of `shard_map` along which the key is the same, but those that are averaged over."""
     manual = jax.sharding.get_abstract_mesh().manual_axes
     data = jax.random.key_data(key)
-    return [axis for axis in manual if axis not in as_tuple(axis_name) and not _varies(data, axis)]
+    return [axis for axis in manual if axis not in as_tuple(axis_name) and not varies(data, axis)]
 
 
 def leaf_specs(params: PyTree, param_specs: PyTree, axes: list[Hashable]) -> PyTree:
     """A partition spec for each leaf: the one given, or how JAX knows the axes to split it, in any order."""
     if param_specs is None:
-        return jax.tree.map(lambda x: jax.P(tuple(axis for axis in axes if _varies(x, axis))), params)
+        return jax.tree.map(lambda x: jax.P(tuple(axis for axis in axes if varies(x, axis))), params)
     specs = broadcast_prefix("param_specs", param_specs, params)
     check_mapped("param_specs", {axis for spec in specs for axis in noise.axes_of(spec)})
     return jax.tree.unflatten(jax.tree.structure(params), specs)
-
-
-def shared(tree: PyTree, axes: list[Hashable]) -> list[Any]:
-    """The leaves that the axes do not split: what waits for others would differ along them itself."""
-    return [x for x in jax.tree.leaves(tree) if not any(_varies(x, axis) for axis in axes)]
 
 
 def check_axes(axis_name: Any, param_specs: PyTree = None) -> None:
@@ -209,12 +196,3 @@ def as_tuple(axis_name: AxisName | None) -> tuple[Hashable, ...]:
     if isinstance(axis_name, tuple):
         return axis_name
     return () if axis_name is None else (axis_name,)
-
-
-def _varies(x: Any, axis: Hashable) -> bool:
-    """Whether JAX knows that `x` differs along a mapped axis; without `check_vma` it knows of nothing."""
-    try:
-        jax.lax.pcast(x, axis, to="varying")
-    except ValueError:
-        return True
-    return False

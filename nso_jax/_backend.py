@@ -1,4 +1,8 @@
-"""What depends on the backend: XLA:CPU treats loops, barriers and random bits unlike other compilers."""
+"""What depends on the platform: XLA:CPU treats loops, barriers and random bits unlike other compilers.
+
+It is chosen when a program is lowered, for the platform that it is lowered for: an export for TPU, or what is
+compiled ahead of time on a machine without one, has nothing of what stands here for CPU.
+"""
 
 import functools
 import math
@@ -10,88 +14,212 @@ import jax.numpy as jnp
 from jax.extend.random import define_prng_impl
 
 from nso_jax._checks import PyTree
+from nso_jax._tracing import has_primitive, traced, varies
 
 _IMPL = "threefry2x32"
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = 0x1BD11BDA
 
 
-def on_cpu() -> bool:
-    """Whether what is being traced will run on a CPU."""
-    device = getattr(jax.config, "jax_default_device", None)
-    return (getattr(device, "platform", device) or jax.default_backend()) == "cpu"
-
-
 def loop(
-    step: Callable[[PyTree, Any], tuple[PyTree, PyTree]], carry: PyTree, count: int
+    step: Callable[[PyTree, jax.Array], tuple[PyTree, PyTree]], carry: PyTree, count: int, key: jax.Array
 ) -> tuple[PyTree, PyTree]:
     """`carry, out = step(carry, i)` for i = 0, ..., count - 1: the last carry, and every `out`, stacked.
 
-    A compiled loop, but unrolled on CPU, where XLA runs a convolution inside a loop body some 34 times slower
-    than outside. Then each `i` is known only after the carry, so that the steps still follow one another. A
-    sum may start from None, if `step(None, 0)` begins it.
+    A compiled loop; but one in which there is a convolution is unrolled on CPU, where XLA runs it in a loop
+    some 34 times slower than outside. The steps still follow one another.
+
+    Args:
+      step: a function of the carry and of an int32 number.
+      carry: what the first step gets.
+      count: how many steps.
+      key: any PRNG key that the program gets from outside, as for `barrier`.
     """
-    if on_cpu() or count == 1:
-        outs = []
-        for i in range(count):
-            carry, out = step(carry, i + zero_once_computed(carry) if i else 0)
-            outs.append(out)
-        return carry, jax.tree.map(lambda *xs: jnp.stack(xs), *outs)
-    if carry is None:
-        carry = jax.tree.map(jnp.zeros_like, jax.eval_shape(lambda: step(None, 0)[0]))
-    return jax.lax.scan(step, carry, jnp.arange(count, dtype=jnp.int32))
+    if count == 1 or not _is_traced():
+        return _one_by_one(step, carry, count)
+    steps = jnp.arange(count, dtype=jnp.int32)
+    step, jaxpr = traced(step, carry, steps[0])
+    compiled = functools.partial(jax.lax.scan, step)
+    if not has_primitive(jaxpr, "conv_general_dilated"):
+        return compiled(carry, steps)
+
+    def in_order(carry: PyTree, i: jax.Array) -> tuple[PyTree, PyTree]:
+        return step(*computed_once((carry, i), key))
+
+    unrolled = functools.partial(jax.lax.scan, in_order, unroll=count)
+    return jax.lax.platform_dependent(carry, steps, cpu=unrolled, default=compiled)
 
 
-def zero_once_computed(tree: PyTree) -> Any:
-    """The int32 zero, but known only after `tree` is: what uses it waits, so that memory does not add up."""
-    leaves = [x for x in jax.tree.leaves(tree) if x.size]
-    if not on_cpu():
-        return jax.lax.optimization_barrier((leaves, jnp.int32(0)))[1]
-    if jax.device_count() > 1:  # an entry of a sharded leaf would have to be communicated
-        return 0
-    # XLA:CPU drops barriers before it schedules. No number is above infinity, but XLA does not know.
-    entries = [jnp.real(x[(0,) * x.ndim]).astype(jnp.float32) for x in leaves]
-    return (sum(entries, start=jnp.float32(0)) > math.inf).astype(jnp.int32)
+def sum_over(
+    term: Callable[[jax.Array], tuple[PyTree, PyTree]], count: int, key: jax.Array
+) -> tuple[PyTree, PyTree]:
+    """The sum of what `term(i)` returns first, i = 0, ..., count - 1, and its second results, stacked."""
+
+    def step(total: PyTree, i: jax.Array) -> tuple[PyTree, PyTree]:
+        added, out = term(i)
+        return (added if total is None else jax.tree.map(jnp.add, total, added)), out
+
+    if count == 1 or not _is_traced():
+        return _one_by_one(step, None, count)
+    term, _ = traced(term, jnp.int32(0))  # once, though it is evaluated here and in the loop
+    total, _ = jax.eval_shape(term, jnp.int32(0))
+    return loop(step, jax.tree.map(jnp.zeros_like, total), count, key)
 
 
-def for_each_weight(scale: jax.Array, w: jax.Array) -> jax.Array:
-    """`scale`, in the shape of `w`.
+def mean_over(
+    estimate: Callable[[jax.Array], PyTree], key: jax.Array, count: int, *, vectorized: bool = True
+) -> PyTree:
+    """The mean of independent estimates: on CPU, or if not `vectorized`, one after another.
 
-    XLA:CPU moves a scalar factor of the noise into both W + U and W - U, and draws the noise in each of them
-    again: a step of a small network then takes twice as long. One for each weight stays where it is.
+    A vmapped evaluation costs 2 to 6 times a single one there.
     """
-    full = jnp.broadcast_to(scale, w.shape)
-    if not on_cpu() or scale.shape == w.shape:
-        return full
-    # For NaN, which no noise makes better, it may be anything, but XLA does not know.
-    return jnp.where(jnp.isnan(w), jnp.zeros((), full.dtype), full)
+    keys = jax.random.split(key, count)
+
+    def one_by_one(keys: jax.Array) -> PyTree:
+        total, _ = sum_over(lambda i: (estimate(keys[i]), ()), count, key)
+        return jax.tree.map(lambda x: x / count, total)
+
+    def at_once(keys: jax.Array) -> PyTree:
+        return jax.tree.map(lambda x: jnp.mean(x, axis=0), jax.vmap(estimate)(keys))
+
+    if count == 1 or not vectorized:
+        return one_by_one(keys)
+    return jax.lax.platform_dependent(keys, cpu=one_by_one, default=at_once)
 
 
-def computed_once(x: jax.Array, w: jax.Array) -> jax.Array:
-    """`x`, of the shape of `w`, as an array in memory.
+def barrier(tree: PyTree, key: jax.Array) -> PyTree:
+    """The arrays of `tree`, of which none is used before all are known, so that memory does not add up.
+
+    Args:
+      tree: a pytree of arrays.
+      key: a PRNG key that the program gets from outside: XLA:CPU drops barriers before it schedules, but
+        takes nothing through a loop that runs, for all that it knows, unless a number of the key is infinite.
+    """
+    return _barrier(tree, _never(key))
+
+
+def drawn_again(
+    draw: Callable[[jax.Array], PyTree], keys: jax.Array, u: PyTree, params: PyTree, after: PyTree
+) -> tuple[PyTree, PyTree, PyTree]:
+    """The noise, the params and `after`, none of which is used before `after` is known.
+
+    On CPU the noise is kept. Elsewhere it is drawn again, which takes about as long as to read it, so that it
+    is not in memory beside a gradient's. To XLA the params are others: what it knows of a weight, such as
+    whether it is finite, it would keep for its second use.
+
+    Args:
+      draw: what makes noise of PRNG keys.
+      keys: those that it was drawn with.
+      u: `draw(keys)`.
+      params: what it is added to.
+      after: a pytree of arrays.
+    """
+
+    def kept(_: jax.Array, u: PyTree, params: PyTree, after: PyTree) -> tuple[PyTree, PyTree, PyTree]:
+        u, after = barrier((u, after), keys[0])
+        return u, params, after
+
+    def again(keys: jax.Array, _: PyTree, params: PyTree, after: PyTree) -> tuple[PyTree, PyTree, PyTree]:
+        data, params, after = barrier((jax.random.key_data(keys), params, after), keys[0])
+        return draw(jax.random.wrap_key_data(data, impl=jax.random.key_impl(keys))), params, after
+
+    return jax.lax.platform_dependent(keys, u, params, after, cpu=kept, default=again)
+
+
+def computed_once(tree: PyTree, key: jax.Array) -> PyTree:
+    """The arrays of `tree`, each as an array in memory on CPU.
 
     XLA:CPU takes what is cheap for each entry, such as Threefry's rounds, into all that uses it: the noise of
     a bias would be drawn again for every pixel of every image, and that in each operation in turn. Batch
-    normalization has many. It takes nothing out of a loop, though this one is over before it begins.
+    normalization has many.
+
+    Args:
+      tree: a pytree of arrays.
+      key: as for `barrier`.
     """
-    if not on_cpu() or jax.device_count() > 1 or not w.size:  # as in zero_once_computed
-        return x
-    return _behind_loop(x, _never(jnp.real(w[(0,) * w.ndim])))
+    return _computed_once(tree, _never(key))
 
 
-def _never(number: jax.Array) -> jax.Array:
-    return number.astype(jnp.float32) > math.inf  # XLA does not know
+def is_on_cpu(tree: PyTree) -> bool:
+    """Whether arrays lie on CPUs, for what is decided about them outside of any program."""
+    devices = {device for x in jax.tree.leaves(tree) for device in jnp.asarray(x).devices()}
+    return {device.platform for device in devices} <= {"cpu"}
+
+
+def _never(key: jax.Array) -> jax.Array:
+    """False; but XLA cannot know that no 32-bit word of a key is above infinity."""
+    return jnp.ravel(jax.random.key_data(key))[0].astype(jnp.float32) > math.inf
+
+
+def _is_traced() -> bool:
+    """Whether there will be a program; else a loop in it would be compiled at each call."""
+    return isinstance(jnp.zeros(()), jax.core.Tracer)
+
+
+def _one_by_one(
+    step: Callable[[PyTree, jax.Array], tuple[PyTree, PyTree]], carry: PyTree, count: int
+) -> tuple[PyTree, PyTree]:
+    outs = []
+    for i in range(count):
+        carry, out = step(carry, jnp.int32(i))
+        outs.append(out)
+    return carry, jax.tree.map(lambda *xs: jnp.stack(xs), *outs)
+
+
+def _is_number(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.number)
+
+
+def _on_numbers(fun: Callable[[list[jax.Array]], list[jax.Array]], tree: PyTree) -> PyTree:
+    """`tree`, with what `fun` makes of those of its arrays that hold numbers."""
+    leaves, treedef = jax.tree.flatten(tree)
+    numbers = iter(fun([x for x in leaves if _is_number(x)]))
+    return jax.tree.unflatten(treedef, [next(numbers) if _is_number(x) else x for x in leaves])
+
+
+@jax.jit
+def _through_loop(tree: PyTree, never: jax.Array) -> PyTree:
+    def negated(carry: tuple[list[jax.Array], jax.Array]) -> tuple[list[jax.Array], jax.Array]:
+        return [-x for x in carry[0]], carry[1]
+
+    return _on_numbers(
+        lambda numbers: jax.lax.while_loop(lambda carry: carry[1], negated, (numbers, never))[0], tree
+    )
+
+
+def _in_line(tree: PyTree, _: jax.Array) -> PyTree:
+    """One barrier for all arrays that vary along the same axes: those that pass one together vary alike."""
+
+    def by_axes(numbers: list[jax.Array]) -> list[jax.Array]:
+        manual = jax.sharding.get_abstract_mesh().manual_axes
+        axes = [tuple(axis for axis in manual if varies(x, axis)) for x in numbers]
+        for kind in set(axes):
+            alike = [i for i, of_array in enumerate(axes) if of_array == kind]
+            for i, x in zip(alike, jax.lax.optimization_barrier([numbers[i] for i in alike]), strict=True):
+                numbers[i] = x
+        return numbers
+
+    return _on_numbers(by_axes, tree)
 
 
 @jax.custom_jvp
-@jax.jit
-def _behind_loop(x: jax.Array, never: jax.Array) -> jax.Array:
-    return jax.lax.while_loop(lambda _: never, jnp.negative, x)
+def _barrier(tree: PyTree, never: jax.Array) -> PyTree:
+    return jax.lax.platform_dependent(tree, never, cpu=_through_loop, default=_in_line)
 
 
-@_behind_loop.defjvp
-def _behind_loop_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[jax.Array, Any]:
-    return _behind_loop(*primals), tangents[0]
+@jax.custom_jvp
+def _computed_once(tree: PyTree, never: jax.Array) -> PyTree:
+    return jax.lax.platform_dependent(tree, never, cpu=_through_loop, default=lambda tree, _: tree)
+
+
+@_barrier.defjvp
+def _barrier_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[PyTree, PyTree]:
+    return _barrier(*primals), tangents[0]
+
+
+@_computed_once.defjvp
+def _computed_once_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[PyTree, PyTree]:
+    return _computed_once(*primals), tangents[0]
 
 
 def with_fast_bits(key: jax.Array) -> jax.Array:
@@ -103,17 +231,23 @@ def with_fast_bits(key: jax.Array) -> jax.Array:
     again as two.
     """
     in_order = jax.config.jax_threefry_partitionable  # type: ignore[attr-defined]  # word i is the hash of i
-    if not (on_cpu() and in_order and str(jax.random.key_impl(key)) == _IMPL):
+    if not (in_order and str(jax.random.key_impl(key)) == _IMPL):
         return key
     return jax.random.wrap_key_data(jax.random.key_data(key), impl=_UNROLLED)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _random_bits(key_data: jax.Array, bit_width: int, shape: tuple[int, ...]) -> jax.Array:
-    if bit_width != 32 or math.prod(shape) >= 2**32:  # noqa: PLR2004
+    def of_jax(key_data: jax.Array) -> jax.Array:
         return jax.random.bits(jax.random.wrap_key_data(key_data, impl=_IMPL), shape, f"uint{bit_width}")
-    words = _threefry(key_data, jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape))
-    return _behind_loop(words, _never(key_data[0]))
+
+    def unrolled(key_data: jax.Array) -> jax.Array:
+        words = _threefry(key_data, jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape))
+        return _through_loop(words, key_data[0].astype(jnp.float32) > math.inf)
+
+    if bit_width != 32 or math.prod(shape) >= 2**32:  # noqa: PLR2004
+        return of_jax(key_data)
+    return jax.lax.platform_dependent(key_data, cpu=unrolled, default=of_jax)
 
 
 def _threefry(key_data: jax.Array, count: jax.Array) -> jax.Array:

@@ -6,31 +6,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Jaxpr, jaxpr_as_fun
 
-from nso_jax._axes import inner_jaxprs, localize_like, own_loss
+from nso_jax import _tracing
+from nso_jax._axes import localize_like, own_loss
 from nso_jax._checks import PyTree
 from nso_jax.noise import widen
 
 
 def traced(function: Callable[[PyTree], Any], x: PyTree) -> tuple[Callable[[PyTree], Any], bool]:
     """`function`, traced at x for arguments like it, and whether it is to be differentiated backward only."""
-    closed, shapes = jax.make_jaxpr(function, return_shape=True)(x)
-    structure = jax.tree.structure(shapes)
-
-    def evaluate(x: PyTree) -> Any:
-        return jax.tree.unflatten(structure, jaxpr_as_fun(closed)(*jax.tree.leaves(x)))
-
-    return evaluate, has_custom_vjp(closed.jaxpr)
-
-
-def has_custom_vjp(jaxpr: Jaxpr) -> bool:
-    """Whether a traced function, or one that it calls, has a `jax.custom_vjp`."""
-    return any(
-        equation.primitive.name.startswith("custom_vjp_call")
-        or any(map(has_custom_vjp, inner_jaxprs(equation)))
-        for equation in jaxpr.eqns
-    )
+    evaluate, jaxpr = _tracing.traced(function, x)
+    return evaluate, _tracing.has_primitive(jaxpr, "custom_vjp_call")
 
 
 def linearize(function: Callable[[PyTree], Any], x: PyTree) -> tuple[Any, Any, Any]:

@@ -188,7 +188,7 @@ def mean_over_parts(
                 jnp.zeros_like(x) if fate in _ADDED else None for x, fate in zip(leaves, fates, strict=True)
             ]
             start = _terms(zeros, fates, None), jax.tree.map(jnp.zeros_like, first[2])
-            ((totals, counts), state), kept = _backend.loop(add, (start, state), count)
+            ((totals, counts), state), kept = _backend.loop(add, (start, state), count, key)
 
     out = _joined(leaves, fates, totals, kept, count if counts is None else counts)
     over_axis = [fate if fate in _ADDED else "local" for fate in fates]

@@ -15,7 +15,6 @@ from nso_jax._axes import (
     leaf_specs,
     localize,
     other_axes,
-    shared,
 )
 from nso_jax._calls import as_argnums, bind, cast_like, check_aux_modes, named_after, summed
 from nso_jax._checks import (
@@ -91,9 +90,9 @@ def value_and_grad(
         leading axis in the order +1, -1, +2, -2, ...; "clean" spends a forward pass at W and returns what it
         gave. A prefix pytree of the auxiliary output mixes them.
       chunk_size: draws that are evaluated at once, by vmap; chunks follow one another, so memory grows with
-        `chunk_size` and not with k. None is all draws at once on GPU and TPU and one at a time on CPU,
-        where a vmapped evaluation costs 2 to 6 times a single one. With "rbg" keys the draws depend
-        on it, as vmap over such keys does in JAX.
+        `chunk_size` and not with k. The default, None, is one at a time, which takes the least. On GPU and
+        TPU more may be faster for a small network; on CPU a vmapped evaluation costs 2 to 6 times a single
+        one. With "rbg" keys the draws depend on it, as vmap over such keys does in JAX.
       axis_name: inside `shard_map`, `pmap` or `vmap` over that axis: everything stays local until one mean
         over it, of value, gradients and auxiliary output ("sum" is summed; "stack", "concatenate" and what
         has no mean stay local). So the loss is the mean of what `fun` returns on each device, which may have
@@ -235,32 +234,40 @@ def mean_over_draws(
     specs = leaf_specs(params, param_specs, axes)
     params, key = localize(params, key, axis_name, independent_draws=independent_draws)
     keys = jax.random.split(key, num_samples)
-    signs = (1, -1) if antithetic else (1,)
-    size = min(chunk_size or (1 if _backend.on_cpu() else num_samples), num_samples)
+    size = min(chunk_size or 1, num_samples)
 
-    def draw(key: jax.Array) -> PyTree:
-        return noise.perturbation(key, params, sigma, sampler=sampler, mask=mask, specs=specs)
+    def draw(keys: jax.Array) -> PyTree:
+        def one(key: jax.Array) -> PyTree:
+            return noise.perturbation(key, params, sigma, sampler=sampler, mask=mask, specs=specs)
 
-    def evaluate_at(u: PyTree, index: jax.Array, sign: Any) -> tuple[PyTree, PyTree]:
-        return evaluate(noise.perturb(params, u, sign), index)
+        return _over_draws(one, len(keys))(keys)
 
-    def add_chunk(total: PyTree, first: Any, size: int) -> tuple[PyTree, PyTree]:
-        """`total` plus the sum over draws first, ..., first + size - 1; what is kept of each, in order."""
-        u = _over_draws(draw, size)(jax.lax.dynamic_slice_in_dim(keys, first, size))
+    def evaluate_at(center: PyTree, u: PyTree, sign: int, indices: jax.Array) -> tuple[PyTree, PyTree]:
+        """The sum over a chunk's draws of what is averaged, and what is kept of each."""
+
+        def one(u: PyTree, index: jax.Array) -> tuple[PyTree, PyTree]:
+            return evaluate(_backend.computed_once(noise.perturb(center, u, sign), key), index)
+
+        averaged, kept = _over_draws(one, len(indices))(u, indices)
+        return jax.tree.map(lambda x: jnp.sum(noise.widen(x), axis=0), averaged), kept
+
+    def chunk(first: Any, size: int) -> tuple[PyTree, PyTree]:
+        """As `evaluate_at`, for the draws first, ..., first + size - 1."""
         draws = first + jnp.arange(size, dtype=jnp.int32)
-        kept = []
-        for side, sign in enumerate(signs):
-            late = _backend.zero_once_computed(shared(total, axes)) if side else 0
-            sided = _over_draws(lambda u, i, sign=sign + late: evaluate_at(u, i, sign), size)
-            averaged, of_side = sided(u, len(signs) * draws + side)
-            sums = jax.tree.map(lambda x: jnp.sum(noise.widen(x), axis=0), averaged)
-            total = sums if total is None else jax.tree.map(jnp.add, total, sums)
-            kept.append(of_side)
-        return total, jax.tree.map(lambda *sides: _merge_axes(jnp.stack(sides, axis=1)), *kept)
+        of_draws = jax.lax.dynamic_slice_in_dim(keys, first, size)
+        u = draw(of_draws)
+        if not antithetic:
+            return evaluate_at(params, u, 1, draws)
+        u = _backend.computed_once(u, key)
+        total, kept = evaluate_at(params, u, 1, 2 * draws)
+        u, center, total = _backend.drawn_again(draw, of_draws, u, params, after=total)
+        other_total, other_kept = evaluate_at(center, u, -1, 2 * draws + 1)
+        kept = jax.tree.map(lambda *sides: _merge_axes(jnp.stack(sides, axis=1)), kept, other_kept)
+        return jax.tree.map(jnp.add, total, other_total), kept
 
     with copies_along(axis_name):
-        total, kept = _sum_over_chunks(add_chunk, num_samples, size)
-        mean = jax.tree.map(lambda x: x / (num_samples * len(signs)), total)
+        total, kept = _sum_over_chunks(chunk, num_samples, size, key)
+        mean = jax.tree.map(lambda x: x / (2 * num_samples if antithetic else num_samples), total)
         if not _is_zero(clean_weight):
             mean = jax.tree.map(lambda c, x: _mix(clean_weight, c, x), clean(params), mean)
     return cast_like(mean, like), kept
@@ -291,16 +298,18 @@ def check_options(
 
 
 def _sum_over_chunks(
-    add_chunk: Callable[[PyTree, Any, int], tuple[PyTree, PyTree]], count: int, size: int
+    chunk: Callable[[Any, int], tuple[PyTree, PyTree]], count: int, size: int, key: jax.Array
 ) -> tuple[PyTree, PyTree]:
-    """Runs all chunks of `count` draws, the last of which may be smaller, one after another."""
+    """Sums all chunks of `count` draws, the last of which may be smaller, one after another."""
     whole, rest = divmod(count, size)
-    total, stacked = _backend.loop(lambda total, i: add_chunk(total, size * i, size), None, whole)
+    total, stacked = _backend.sum_over(lambda i: chunk(size * i, size), whole, key)
     kept = jax.tree.map(_merge_axes, stacked)
     if not rest:
         return total, kept
-    total, last = add_chunk(total, size * whole, rest)
-    return total, jax.tree.map(lambda x, y: jnp.concatenate([x, y]), kept, last)
+    total, first = _backend.barrier((total, jnp.int32(size * whole)), key)
+    last, of_last = chunk(first, rest)
+    kept = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), kept, of_last)
+    return jax.tree.map(jnp.add, total, last), kept
 
 
 def _over_draws(fun: Callable[..., PyTree], size: int) -> Callable[..., PyTree]:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nso_jax._backend import computed_once, for_each_weight, with_fast_bits
+from nso_jax._backend import with_fast_bits
 from nso_jax._callers import check_injected
 from nso_jax._checks import (
     PyTree,
@@ -408,8 +408,7 @@ def perturb(params: PyTree, noise: PyTree, sign: Any = 1) -> PyTree:
             return w
         moved = (widen(w) + jnp.asarray(sign, u.dtype) * u).astype(jnp.result_type(w))
         # Infinity minus itself is NaN, and what stays in range loses nothing.
-        moved -= jnp.where(jnp.isinf(moved) & jnp.isfinite(w), moved, 0)
-        return computed_once(moved, jnp.asarray(w))
+        return moved - jnp.where(jnp.isinf(moved) & jnp.isfinite(w), moved, 0)
 
     return jax.tree.map(add, noise, params, is_leaf=lambda u: u is None)
 
@@ -513,7 +512,7 @@ def _scaled_draw(key: jax.Array, leaf: Any, sigma: Any, sampler: Sampler, path: 
         check_real("sampler", u, f" for each weight of leaf {path}")
         if jnp.shape(u) != w.shape:
             raise ValueError(f"sampler: returned shape {jnp.shape(u)} for leaf {path} of shape {w.shape}.")
-        return for_each_weight(jnp.asarray(sigma).astype(real), w) * jnp.asarray(u, real)
+        return jnp.asarray(sigma).astype(real) * jnp.asarray(u, real)
 
     if jnp.iscomplexobj(w):
         return jax.lax.complex(*map(draw, jax.random.split(key))) / math.sqrt(2.0)

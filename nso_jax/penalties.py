@@ -124,7 +124,7 @@ def hessian_trace(
         return widen(second_derivative(loss, weights, v, v))
 
     if drop == "weight" or prob == 1:
-        return _mean_over_keys(lambda key: curvature(key, chosen) / float(prob), key, num_samples)
+        return _backend.mean_over(lambda key: curvature(key, chosen) / float(prob), key, num_samples)
     groups = [[chosen[i] for i in group] for group in _deal([np.size(leaves[i]) for i in chosen], prob)]
 
     def curvature_of_one_group(key: jax.Array) -> jax.Array:
@@ -132,7 +132,7 @@ def hessian_trace(
         branches = [lambda key, group=group: curvature(key, group) for group in groups]
         return len(groups) * jax.lax.switch(drawn, branches, key)
 
-    return _mean_over_keys(curvature_of_one_group, key, num_samples, vectorized=False)
+    return _backend.mean_over(curvature_of_one_group, key, num_samples, vectorized=False)
 
 
 def input_hessian_norm(
@@ -206,7 +206,7 @@ def input_hessian_norm(
         return _unit(moved, axes)[0], None
 
     start, _ = _unit(noise.perturbation(key, inputs, 1.0, sampler=noise.normal), axes)
-    v, _ = _backend.loop(ascend, start, num_steps)
+    v, _ = _backend.loop(ascend, start, num_steps, key)
     u, norm = _unit(product(v), axes)
     form = second_derivative(losses, inputs, cast_like(u, inputs), cast_like(v, inputs), axes)
     return _with_derivative(norm, form)
@@ -301,7 +301,7 @@ def jacobian(
 
         return count * _squared_gradient(projection, inputs, 1)
 
-    return _mean_over_keys(estimate, key, num_projections)
+    return _backend.mean_over(estimate, key, num_projections)
 
 
 def confidence(logits: jax.Array) -> jax.Array:
@@ -399,21 +399,6 @@ def _deal(sizes: Sequence[int], prob: float) -> list[range]:
         cut = 1 + int(np.argmin(abs(ends - i / count * ends[-1])))
         cuts.append(min(max(cut, cuts[-1] + 1), len(sizes) - count + i))
     return [range(*ends) for ends in itertools.pairwise([*cuts, len(sizes)])]
-
-
-def _mean_over_keys(
-    estimate: Callable[[jax.Array], jax.Array], key: jax.Array, count: int, *, vectorized: bool = True
-) -> jax.Array:
-    """The mean of independent estimates: on CPU, or if not `vectorized`, one after another."""
-    keys = jax.random.split(key, count)
-    if vectorized and count > 1 and not _backend.on_cpu():
-        return jnp.mean(jax.vmap(estimate)(keys), axis=0)
-
-    def add(total: jax.Array | None, i: Any) -> tuple[jax.Array, None]:
-        return (estimate(keys[i]) if total is None else total + estimate(keys[i])), None
-
-    total, _ = _backend.loop(add, None, count)
-    return total / count
 
 
 def _check_function(fun: Any) -> None:

@@ -24,6 +24,7 @@ from nso_jax._axes import (
     localize,
     other_axes,
 )
+from nso_jax._backend import computed_once
 from nso_jax._callers import check_injected, check_not_in_multi_steps
 from nso_jax._calls import (
     as_argnums,
@@ -403,7 +404,7 @@ def bsam(
 
         deviation = jax.tree.map(lambda s: jax.lax.rsqrt(num_examples * s), own)
         u = noise.perturbation(rng_key, local, deviation, mask=mask)
-        h = gradient(noise.perturb(local, u), 0)
+        h = gradient(computed_once(noise.perturb(local, u), rng_key), 0)
         step = jax.tree.map(
             lambda u, h, s: None if u is None else _scaled(h / s, rho), u, h, own, is_leaf=lambda x: x is None
         )
@@ -471,7 +472,7 @@ def _after_ascent(
                 u = noise.perturbation(
                     key, params, smoothing.sigma, sampler=smoothing.sampler, mask=mask, specs=specs
                 )
-                out, gradient = loss(params), value_and_grad(noise.perturb(params, u))[1]
+                out, gradient = loss(params), value_and_grad(computed_once(noise.perturb(params, u), key))[1]
             uphill = jax.tree.map(lambda g: jnp.conj(noise.widen(g)), gradient)
             if global_ascent:
                 uphill = combine_over_axis(uphill, axis_name)

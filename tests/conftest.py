@@ -50,3 +50,16 @@ def standard_promotion():
 @pytest.fixture
 def key():
     return jax.random.key(20)
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """What is compiled for other platforms, on the CPU: draws in loops, barriers that are no loops."""
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
+
+
+@pytest.fixture(params=["on CPU", "elsewhere"])
+def platform(request):
+    """Tests what is compiled for CPU, and what for others."""
+    if request.param == "elsewhere":
+        request.getfixturevalue("elsewhere")

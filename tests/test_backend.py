@@ -1,10 +1,17 @@
+import collections
+import re
+
+import chex
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import nso_jax
 from nso_jax import _backend, noise
+
+PLATFORM_DEPENDENT = jax.lax.platform_dependent
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32", "uint64"])
@@ -29,28 +36,83 @@ def test_fast_keys_split_and_fold_as_the_key_does(key):
     np.testing.assert_array_equal(numbers(_backend.with_fast_bits(key)), numbers(key))
 
 
-@pytest.mark.parametrize("sampler", [noise.normal, noise.uniform, noise.laplace, noise.cauchy])
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
-def test_samplers_do_not_depend_on_the_backend(sampler, impl, monkeypatch):
-    key = jax.random.key(0, impl=impl)
-    on_cpu = sampler(key, (1000,), jnp.float32)
-    monkeypatch.setattr(_backend, "on_cpu", lambda: False)
-    np.testing.assert_array_max_ulp(np.asarray(on_cpu), np.asarray(sampler(key, (1000,), jnp.float32)), 4)
+@pytest.mark.parametrize("sampler", [noise.normal, noise.uniform, noise.laplace, noise.cauchy])
+def test_samplers_do_not_depend_on_the_platform(sampler, impl, elsewhere):
+    """Compared with what was exported before for CPU, by a program that has no key of ours in it."""
+    data = jax.random.key_data(jax.random.key(0, impl=impl))
+
+    def draw(data):
+        return sampler(jax.random.wrap_key_data(data, impl=impl), (1000,), jnp.float32)
+
+    others = jax.jit(draw)(data)
+    jax.clear_caches()
+    with pytest.MonkeyPatch.context() as undone:
+        undone.setattr(jax.lax, "platform_dependent", PLATFORM_DEPENDENT)
+        np.testing.assert_array_max_ulp(np.asarray(jax.jit(draw)(data)), np.asarray(others), 4)
 
 
-def test_loops_agree_with_unrolled_steps(monkeypatch):
-    def step(carry, i):
-        i = jnp.asarray(i, jnp.float32)
-        carry = {"sum": i if carry is None else carry["sum"] + i}
-        return carry, carry["sum"] * 2.0
+def add_up(carry, i):
+    carry = {"sum": carry["sum"] + jnp.asarray(i, jnp.float32)}
+    return carry, carry["sum"] * 2.0
 
-    unrolled = [_backend.loop(step, start, 5) for start in (None, {"sum": jnp.float32(3)})]
-    monkeypatch.setattr(_backend, "on_cpu", lambda: False)
-    looped = [_backend.loop(step, start, 5) for start in (None, {"sum": jnp.float32(3)})]
-    for (a, b), (c, d) in zip(unrolled, looped, strict=True):
-        assert a["sum"] == c["sum"]
-        np.testing.assert_array_equal(b, d)
-    np.testing.assert_array_equal(looped[1][1], 2 * (3 + np.cumsum(np.arange(5))))
+
+def convolve_up(carry, i):
+    kernel = jnp.ones((1, 1, 1)) + 0 * carry["sum"]
+    one = jax.lax.conv_general_dilated(jnp.ones((1, 1, 1)), kernel, (1,), "SAME")
+    return add_up(carry, i * one.squeeze().astype(jnp.int32))
+
+
+@pytest.mark.parametrize("step", [add_up, convolve_up])
+@pytest.mark.parametrize("jitted", [False, True])
+def test_a_loop_gives_the_last_carry_and_every_result(step, jitted, key, platform):
+    start = {"sum": jnp.float32(3)}
+    run = lambda key, start: _backend.loop(step, start, 5, key)  # noqa: E731
+    carry, outs = (jax.jit(run) if jitted else run)(key, start)
+    assert carry["sum"] == 3 + sum(range(5))
+    np.testing.assert_array_equal(outs, 2 * (3 + np.cumsum(np.arange(5))))
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+@pytest.mark.parametrize("count", [1, 4])
+def test_sums_and_means_over_numbers_and_keys(jitted, count, key, platform):
+    wrap = jax.jit if jitted else lambda f: f
+    total, kept = wrap(lambda key: _backend.sum_over(lambda i: ({"i": i}, 2 * i), count, key))(key)
+    assert total["i"] == sum(range(count))
+    np.testing.assert_array_equal(kept, 2 * np.arange(count))
+    mean = wrap(lambda key: _backend.mean_over(jax.random.normal, key, count))(key)
+    draws = [jax.random.normal(k) for k in jax.random.split(key, count)]
+    np.testing.assert_allclose(mean, np.mean(draws), rtol=1e-5)
+
+
+def conv_loss(kernel, x):
+    y = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return jnp.mean(jnp.tanh(y) ** 2)
+
+
+def dense_loss(kernel, x):
+    return jnp.mean(jnp.tanh(x[:, :, 0] @ kernel[0, 0]) ** 2)
+
+
+@pytest.mark.parametrize("loss", [conv_loss, dense_loss])
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
+def test_programs_are_those_of_the_platform_that_they_are_exported_for(loss, platform):
+    """From a machine with a CPU alone: draws in a loop, with barriers that other compilers keep."""
+
+    def operations(num_samples):
+        fn = jax.jit(nso_jax.value_and_grad(loss, sigma=0.1, num_samples=num_samples))
+        args = jax.random.key_data(jax.random.key(0)), jnp.ones((3, 3, 2, 4)), jnp.ones((4, 8, 8, 2))
+        program = jax.export.export(fn, platforms=[platform])(*args).mlir_module()
+        return collections.Counter(re.findall(r"stablehlo\.(\w+)", program))
+
+    few, many = operations(4), operations(8)
+    assert few["while"] > 0
+    assert (few["optimization_barrier"] > 0) == (platform != "cpu")
+    if platform == "cpu" and loss is conv_loss:
+        assert few["tanh"] == many["tanh"]  # in a function that is called once for each draw
+        assert many["slice"] == few["slice"] + 4
+    else:
+        assert few == many
 
 
 def test_fast_bits_are_not_a_loop_over_arrays(key):
@@ -79,9 +141,8 @@ def test_noise_is_drawn_once_for_both_sides_with_a_traced_sigma_too(key):
 
 @pytest.mark.parametrize("antithetic", [False, True])
 @pytest.mark.parametrize("sampler", [noise.normal, noise.rademacher])
-def test_what_is_broadcast_is_drawn_and_perturbed_once(sampler, antithetic, key, monkeypatch):
+def test_what_is_broadcast_is_drawn_and_perturbed_once(sampler, antithetic, key):
     """Counted in the compiled program, where XLA would do it again for each entry of what it is added to."""
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
     params = {"scale": jnp.ones(16), "bias": jnp.ones(16)}
 
     def loss(params, x):
@@ -104,26 +165,26 @@ def test_what_is_broadcast_is_drawn_and_perturbed_once(sampler, antithetic, key,
     assert operations(step, key, params, jnp.ones((64, 8, 16))) == draws | {"is-finite": sides * len(params)}
 
 
-def test_what_is_computed_once_is_what_it_was(key, monkeypatch):
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
+def test_what_is_computed_once_is_what_it_was(key, platform):
     w = jnp.array([[jnp.inf, 1.0], [jnp.nan, -2.0]])
 
-    def double(w):
-        return _backend.computed_once(2 * w, w)
+    for through in (_backend.computed_once, _backend.barrier):
 
-    np.testing.assert_array_equal(double(w), 2 * w)
-    np.testing.assert_array_equal(jax.vmap(double)(w), 2 * w)
-    np.testing.assert_array_equal(jax.jit(jax.jacobian(double))(w[0]), 2 * jnp.eye(2))
-    np.testing.assert_array_equal(jax.hessian(lambda w: jnp.sum(double(w) ** 2))(w[1]), 8 * jnp.eye(2))
-    mesh = jax.make_mesh((2,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
-    mapped = jax.shard_map(double, mesh=mesh, in_specs=jax.P("i"), out_specs=jax.P("i"))
-    np.testing.assert_array_equal(jax.jit(mapped)(w), 2 * w)
-    for x in (jnp.ones(2, jnp.bfloat16), jnp.ones((), jnp.complex64), jnp.ones((0, 3))):
-        assert _backend.computed_once(x, x).dtype == x.dtype
+        def double(w):
+            return through(2 * w, key)  # noqa: B023
 
-
-def test_a_scale_for_each_weight_is_the_scale(key):
-    w = jnp.array([1.0, -jnp.inf, jnp.inf, 0.0])
-    np.testing.assert_array_equal(_backend.for_each_weight(jnp.float32(0.1), w), jnp.full(4, 0.1))
-    scales = jax.random.uniform(key, (4,))
-    np.testing.assert_array_equal(_backend.for_each_weight(scales, w), scales)
+        np.testing.assert_array_equal(double(w), 2 * w)
+        np.testing.assert_array_equal(jax.vmap(double)(w), 2 * w)
+        np.testing.assert_array_equal(jax.jit(jax.jacobian(double))(w[0]), 2 * jnp.eye(2))
+        np.testing.assert_array_equal(jax.hessian(lambda w: jnp.sum(double(w) ** 2))(w[1]), 8 * jnp.eye(2))
+        mesh = jax.make_mesh((2,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+        mapped = jax.shard_map(double, mesh=mesh, in_specs=jax.P("i"), out_specs=jax.P("i"))
+        np.testing.assert_array_equal(jax.jit(mapped)(w), 2 * w)
+        others = (
+            jnp.ones(2, jnp.bfloat16),
+            jnp.ones((), jnp.complex64),
+            jnp.ones((0, 3)),
+            key,
+            jnp.array([True]),
+        )
+        chex.assert_trees_all_equal(through(others, key), others)

@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 import nso_jax
-from nso_jax import _backend, noise
+from nso_jax import noise
 
 SIGMA = 0.1
 
@@ -322,15 +322,7 @@ def test_clean_aux_costs_one_forward_pass_more():
         assert len(calls) == count
 
 
-@pytest.fixture(params=["unrolled", "looped"])
-def loops(request, monkeypatch):
-    """What GPU and TPU do, run on the CPU: chunks in a loop, ordered by optimization_barrier."""
-    if request.param == "looped":
-        monkeypatch.setattr(_backend, "on_cpu", lambda: False)
-    return request.param
-
-
-def test_chunk_sizes_agree(key, loops):
+def test_chunk_sizes_agree(key, platform):
     results = []
     for chunk_size in (1, 2, 3, 5, 8, None):
         fn = nso_jax.value_and_grad(
@@ -341,25 +333,13 @@ def test_chunk_sizes_agree(key, loops):
         chex.assert_trees_all_close(result, results[0], rtol=2e-6, atol=ROUNDING)
 
 
-def test_loops_agree_with_unrolled_chunks(key, monkeypatch):
-    fn = nso_jax.value_and_grad(
-        with_aux, sigma=SIGMA, num_samples=7, chunk_size=2, has_aux=True, clean_weight=0.2
-    )
-    unrolled = jax.jit(fn)(key, *AUX_ARGS)
-    monkeypatch.setattr(_backend, "on_cpu", lambda: False)
-    looped = jax.jit(functools.partial(fn))  # a new function, which JAX has not traced yet
-    assert "scan[" in str(looped.trace(key, *AUX_ARGS).jaxpr)
-    chex.assert_trees_all_close(looped(key, *AUX_ARGS), unrolled, rtol=2e-6, atol=ROUNDING)
-
-
 def deep_loss(params, x):
     for w in params:
         x = jnp.tanh(x @ w)
     return jnp.sum(x**2)
 
 
-def test_memory_does_not_grow_with_k(monkeypatch, loops):
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
+def test_memory_does_not_grow_with_k(platform):
     params, x = [jnp.ones((256, 256))] * 4, jnp.ones((32, 256))
     size = sum(w.nbytes for w in params)
 
@@ -512,7 +492,7 @@ def test_jit_does_not_retrace():
     assert step._cache_size() == 1
 
 
-def test_vmap_over_a_batch_of_models(key, loops):
+def test_vmap_over_a_batch_of_models(key, platform):
     models = jax.tree.map(lambda x: jnp.stack([x, 2 * x, -x]), point(jnp.float32))
     keys = jax.random.split(key, 3)
     batched = jax.jit(jax.vmap(FN))(keys, models)
@@ -535,7 +515,7 @@ def test_scan_over_steps(key):
     chex.assert_trees_all_close(scanned, params, rtol=1e-5)
 
 
-def test_checkpointed_losses_and_checkpointed_steps(key, loops):
+def test_checkpointed_losses_and_checkpointed_steps(key, platform):
     expected = FN(key, point(jnp.float32))
     inner = nso_jax.value_and_grad(jax.checkpoint(cubic), sigma=SIGMA, num_samples=2)
     outer = jax.checkpoint(FN)
@@ -544,7 +524,7 @@ def test_checkpointed_losses_and_checkpointed_steps(key, loops):
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2])
-def test_it_can_be_differentiated(key, loops, chunk_size):
+def test_it_can_be_differentiated(key, platform, chunk_size):
     """The derivative of the averaged value is the averaged gradient."""
     params = point(jnp.float32)
     fn = nso_jax.value_and_grad(cubic, sigma=SIGMA, num_samples=2, chunk_size=chunk_size)
@@ -617,7 +597,7 @@ def expected_over_devices(key, independent, sigma):
 
 @pytest.mark.parametrize("how", ["shard_map", "shard_map unchecked", "pmap", "vmap"])
 @pytest.mark.parametrize("independent", [True, False])
-def test_axis_name_gives_one_mean_over_devices(key, how, independent, loops):
+def test_axis_name_gives_one_mean_over_devices(key, how, independent, platform):
     fn = nso_jax.value_and_grad(
         device_loss, sigma=SIGMA, has_aux=True, axis_name="data", independent_draws=independent
     )

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import nso_jax.nnx
-from nso_jax import _backend, noise, parallel
+from nso_jax import noise, parallel
 
 SIGMA = 0.1
 
@@ -183,11 +183,8 @@ def test_what_an_evaluation_leaves_alone_is_not_even_rounded(key, model):
     chex.assert_trees_all_equal(after, before)
 
 
-@pytest.mark.parametrize("chunk_size", [1, 2, None])
-@pytest.mark.parametrize("looped", [False, True])
-def test_a_jitted_training_step(key, model, monkeypatch, chunk_size, looped):
-    if looped:
-        monkeypatch.setattr(_backend, "on_cpu", lambda: False)
+@pytest.mark.parametrize("chunk_size", [1, 2, 3])
+def test_a_jitted_training_step(key, model, platform, chunk_size):
     optimizer = nnx.Optimizer(model, optax.sgd(0.3, momentum=0.9), wrt=nnx.Param)
     fn = nso_jax.nnx.value_and_grad(loss, sigma=0.01, num_samples=3, chunk_size=chunk_size)
 
@@ -350,10 +347,7 @@ def in_parts(fn, key, model, x, y):
     return mean([fn(k, model, x[i::4], y[i::4]) for i, k in enumerate(keys)])
 
 
-@pytest.mark.parametrize("looped", [False, True])
-def test_microbatches_follow_one_another(key, model, monkeypatch, looped):
-    if looped:
-        monkeypatch.setattr(_backend, "on_cpu", lambda: False)
+def test_microbatches_follow_one_another(key, model, platform):
     x, y = data(key)
     reference = nnx.clone(model)
     fn = nso_jax.nnx.value_and_grad(loss, sigma=SIGMA)

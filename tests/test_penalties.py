@@ -34,12 +34,6 @@ def normal_tree(seed, shapes, dtype=jnp.float64):
     return {name: jnp.asarray(rng.normal(size=shape), dtype) for name, shape in shapes.items()}
 
 
-@pytest.fixture
-def not_on_cpu(monkeypatch):
-    """What is done on GPU and TPU: samples by vmap, steps in a compiled loop, which compiles faster too."""
-    monkeypatch.setattr(_backend, "on_cpu", lambda: False)
-
-
 # --- problems: a network, its weights, and a batch ----------------------------------------------------
 
 
@@ -402,18 +396,16 @@ def cubic(params, x):
 
 def of_one_key(monkeypatch):
     """From here on, a penalty is the estimate that its key itself gives."""
-    monkeypatch.setattr(penalties, "_mean_over_keys", lambda estimate, key, *_, **__: estimate(key))
+    monkeypatch.setattr(_backend, "mean_over", lambda estimate, key, *_, **__: estimate(key))
 
 
-@pytest.mark.parametrize("on_cpu", [True, False])
 @pytest.mark.parametrize("options", [{}, {"prob": 0.5}, {"prob": 0.5, "drop": "leaf"}])
-def test_samples_are_averaged(key, options, on_cpu, monkeypatch):
+def test_samples_are_averaged(key, options, platform, monkeypatch):
     params = {"a": jnp.arange(1.0, 4), "b": jnp.arange(1.0, 6)}
 
     def penalty(key, **more):
         return penalties.hessian_trace(key, cubic, params, 2.0, **options, **more)
 
-    monkeypatch.setattr(_backend, "on_cpu", lambda: on_cpu)
     mean = jax.jit(lambda key: penalty(key, num_samples=3))(key)
     of_one_key(monkeypatch)
     singles = jax.jit(jax.vmap(penalty))(jax.random.split(key, 3))
@@ -505,7 +497,7 @@ def test_nothing_chosen_has_no_trace(key):
 @pytest.mark.parametrize(
     ("problem", "sign", "step_size"), [("mlp", -1, math.inf), ("conv", 1, math.inf), ("mlp", 1, 2.0)]
 )
-def test_search_converges_to_the_largest_magnitude(key, x64, not_on_cpu, problem, sign, step_size):
+def test_search_converges_to_the_largest_magnitude(key, x64, elsewhere, problem, sign, step_size):
     logits, make = PROBLEMS[problem]
     losses = lambda *args: sign * losses_of(logits)(*args)  # noqa: E731
     params, x, y = make()
@@ -641,7 +633,7 @@ def squared_jacobians(logits, x, params):
 
 
 @pytest.mark.parametrize(("problem", "num_projections"), [("mlp", 3), ("conv", 1)])
-def test_jacobian_and_its_gradient_are_unbiased(key, x64, not_on_cpu, problem, num_projections):
+def test_jacobian_and_its_gradient_are_unbiased(key, x64, elsewhere, problem, num_projections):
     logits, make = PROBLEMS[problem]
     params, x, _ = make()
 
@@ -659,14 +651,12 @@ def test_jacobian_and_its_gradient_are_unbiased(key, x64, not_on_cpu, problem, n
     assert_mean(grads, expected_grads)
 
 
-@pytest.mark.parametrize("on_cpu", [True, False])
-def test_projections_are_averaged(key, on_cpu, monkeypatch):
+def test_projections_are_averaged(key, platform, monkeypatch):
     params, x, _ = mlp(jnp.float32)
 
     def penalty(key, **options):
         return penalties.jacobian(key, mlp_logits, x, params, **options)
 
-    monkeypatch.setattr(_backend, "on_cpu", lambda: on_cpu)
     mean = jax.jit(lambda key: penalty(key, num_projections=3))(key)
     of_one_key(monkeypatch)
     singles = jax.jit(jax.vmap(penalty))(jax.random.split(key, 3))

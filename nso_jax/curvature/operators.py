@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nso_jax import noise
-from nso_jax._backend import on_cpu
+from nso_jax._backend import is_on_cpu
 from nso_jax._checks import (
     as_key,
     check_count,
@@ -242,7 +242,7 @@ class Operator:
         self._steps = _kept_steps(fun, self.flags) if is_jitted(fun) else _new_steps(fun, self.flags)
         self._kept: dict[int, Any] = {}
         self._kept_bytes = 0
-        self._chunk_size = chunk_size or (1 if on_cpu() else _CHUNK_SIZE)
+        self._chunk_size = chunk_size or (1 if is_on_cpu(self.params) else _CHUNK_SIZE)
         self._callback = callback
 
     def products(self, vectors: np.ndarray) -> np.ndarray:
