@@ -88,7 +88,7 @@ METHODS = {
     "sam": Method("SAM", sharpness.sam, {"rho": RHO}),
 }
 SEARCHED = ("plain", "nso", "nso-k4")
-USUAL = ("plain", "nso", "nso-k4", "one-sided")
+USUAL = ("nso", "nso-signs", "nso-k4", "one-sided", "sam")
 
 
 class Case(NamedTuple):
@@ -108,13 +108,15 @@ class Case(NamedTuple):
     sharded: bool = True
     tensor: int = 1
     examples: int = 4
-    methods: tuple[str, ...] = USUAL
+    methods: tuple[str, ...] = ("plain", *USUAL)
 
 
 CASES = {
-    "160M": Case("160M", "v5e:16x16", sharded=False, methods=("plain", "plain-mapped", *USUAL[1:])),
-    "1.3B": Case("1.3B", "v5e:16x16"),
-    "7B": Case("7B", "v5p:4x8x8", methods=tuple(name for name in METHODS if name != "plain-mapped")),
+    "160M": Case("160M", "v5e:16x16", sharded=False, methods=tuple(METHODS)),
+    "1.3B": Case("1.3B", "v5e:16x16", methods=("plain", "nso", "one-sided")),
+    "7B": Case(
+        "7B", "v5p:4x8x8", methods=("plain", "plain-parts", "nso", "nso-k4", "one-sided", "one-sided-parts")
+    ),
     "34B": Case("34B", "v6e:16x16", examples=1),
     "70B": Case("70B", "v5p:8x8x16", tensor=8, examples=8),
 }
