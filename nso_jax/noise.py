@@ -452,24 +452,43 @@ def _deviations(sigma: Sigma, params: PyTree) -> list[Any]:
 def _random_fields(key: jax.Array, shape: tuple[int, ...], width: int) -> jax.Array:
     """`width` random bits for each entry, of 32-bit words that as many entries share as divide the axes.
 
-    The axes are divided without padding, so that an array sharded over any of them keeps its sharding.
+    The axes are divided without padding, so that an array sharded over any of them keeps its sharding. A word
+    becomes bytes first: what XLA:TPU repeats along an axis it writes to memory, and a byte for each entry is
+    a quarter of a word.
     """
-    free, lanes = 32 // width, [1] * len(shape)
-    # From the axis with the most factors of 2, and of equal ones the last, whose lanes are contiguous.
-    for axis in sorted(range(len(shape)), key=lambda i: (math.gcd(shape[i], free), i), reverse=True):
-        lanes[axis] = math.gcd(shape[axis], free)
-        free //= lanes[axis]
-    split = [(size // lane, lane) for size, lane in zip(shape, lanes, strict=True)]
+    lanes = _lanes(shape, 32 // width)
+    in_byte = _lanes(lanes, 8 // width)
     words = jax.random.bits(
-        with_fast_bits(as_key(key)), [n for size, _ in split for n in (size, 1)], jnp.uint32
+        with_fast_bits(as_key(key)), [n // lane for n, lane in zip(shape, lanes, strict=True)], jnp.uint32
     )
-    shifts, stride = jnp.uint32(0), width
+    octets = _split(words, [lane // part for lane, part in zip(lanes, in_byte, strict=True)], 8)
+    return _split(octets, in_byte, width)
+
+
+def _lanes(sizes: Sequence[int], count: int) -> list[int]:
+    """How many entries that share a word lie along each axis: factors of 2 of its size, `count` in all.
+
+    The last axis comes last, and not at all where the others give 8 or more: TPUs keep 8 entries of the axis
+    before and 128 of the last one side by side, so that what is divided along the last has to be moved.
+    """
+    lanes, free = [1] * len(sizes), count
+    others = sorted(range(len(sizes) - 1), key=lambda i: (math.gcd(sizes[i], count), i), reverse=True)
+    for axis in [*others, *range(len(sizes))[-1:]]:
+        if axis in others or count // free < 8:  # noqa: PLR2004
+            lanes[axis] = math.gcd(sizes[axis], free)
+            free //= lanes[axis]
+    return lanes
+
+
+def _split(words: jax.Array, lanes: Sequence[int], width: int) -> jax.Array:
+    """The fields of `width` bits, at most 8, of which each word has one for each of its lanes."""
+    shift, offset = jnp.zeros((1,) * words.ndim, jnp.uint32), width
     for axis, lane in enumerate(lanes):
-        dims = [1] * words.ndim
-        dims[2 * axis + 1] = lane
-        shifts += jnp.uint32(stride) * jax.lax.broadcasted_iota(jnp.uint32, dims, 2 * axis + 1)
-        stride *= lane
-    return ((words >> shifts) & jnp.uint32(2**width - 1)).reshape(shape)
+        words = jnp.repeat(words, lane, axis)
+        along = [n if i == axis else 1 for i, n in enumerate(words.shape)]
+        shift += jnp.uint32(offset) * (jax.lax.broadcasted_iota(jnp.uint32, along, axis) % jnp.uint32(lane))
+        offset *= lane
+    return ((words >> shift.astype(words.dtype)) & words.dtype.type(2**width - 1)).astype(jnp.uint8)
 
 
 def _leaf_keys(key: jax.Array, paths: list[str]) -> jax.Array:
