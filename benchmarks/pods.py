@@ -50,7 +50,7 @@ class Method(NamedTuple):
         function: Makes `gradient(key, params, batch)` of a loss.
         options: Its settings.
         num_parts: Microbatches.
-        mapped: Whether chips that have whole params average in the end, or else where the compiler chooses.
+        mapped: Whether chips that have whole params average once in the end, in float32; else jit decides.
     """
 
     label: str
@@ -66,9 +66,9 @@ def plain(loss: Callable[..., jax.Array]) -> Gradient:
 
 
 METHODS = {
-    "plain": Method("plain", plain, mapped=False),
-    "plain-mapped": Method("plain, one mean", plain),
-    "plain-parts": Method(f"plain, {NUM_PARTS} parts", plain, num_parts=NUM_PARTS, mapped=False),
+    "plain": Method("plain", plain),
+    "plain-jit": Method("plain, left to jit", plain, mapped=False),
+    "plain-parts": Method(f"plain, {NUM_PARTS} parts", plain, num_parts=NUM_PARTS),
     "nso": Method("NSO", options={"sigma": SIGMA}),
     "nso-signs": Method("NSO, signs", options={"sigma": SIGMA, "sampler": noise.rademacher}),
     "nso-k4": Method(f"NSO, k = {NUM_DRAWS}", options={"sigma": SIGMA, "num_samples": NUM_DRAWS}),

@@ -105,7 +105,7 @@ def _mesh(devices, tensor):
 def here(monkeypatch):
     """The compiler of this machine in place of the TPU's."""
     cases = {
-        "160M": pods.Case("tiny", "v5e:2x4", sharded=False, methods=("plain", "plain-mapped", *STEPS[1:])),
+        "160M": pods.Case("tiny", "v5e:2x4", sharded=False, methods=STEPS),
         "70B": pods.Case("tiny", "v5e:2x4", tensor=2, methods=STEPS),
     }
     monkeypatch.setattr(compilers, "tpu", lambda _: jax.devices()[:8])
@@ -134,7 +134,7 @@ def test_steps_of_a_tiny_decoder_are_compiled_and_told(here, tmp_path, monkeypat
     assert [case["param_bytes_per_chip"] for case in (whole, sharded)] == [4 * weights, 4 * weights / 8]
     by_step = {step["step"]: step for step in whole["steps"]}
     # One mean in the end, of the gradient and the loss in float32.
-    for step in ("plain-mapped", "nso", "one-sided", "one-sided-parts"):
+    for step in ("plain", "nso", "one-sided", "one-sided-parts"):
         reduced = by_step[step]["collectives"].pop("all-reduce")
         assert reduced["bytes"] == 4 * (weights + 1)
         assert not by_step[step]["collectives"]
