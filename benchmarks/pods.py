@@ -31,8 +31,9 @@ GIBIBYTE = 2**30
 HEADERS = (
     "program",
     "step",
-    "GiB of memory",
-    "more than plain (params)",
+    "GiB reserved",
+    "GiB alive",
+    "alive beyond plain (params)",
     "FLOPs / plain",
     "bytes accessed / plain",
     "bytes sent / plain",
@@ -185,6 +186,7 @@ def rows(results: dict[str, Any]) -> list[list[str]]:
                     _title(case),
                     METHODS[step["step"]].label,
                     f"{(memory['arguments'] + memory['temp']) / GIBIBYTE:.2f}",
+                    f"{step['peak'] / GIBIBYTE:.2f}",
                     f"{_more_memory(case, step):.2f}",
                     *(f"{ratio:.3f}" for ratio in _over_plain(case, step).values()),
                 ]
@@ -197,12 +199,13 @@ def caption(results: dict[str, Any]) -> str:
     settings = results["settings"]
     text = (
         "What one chip does in a training step of a decoder-only Transformer, as the TPU's own compiler "
-        f"(libtpu {settings['libtpu']}) states it for programs compiled without a TPU: no time is measured. "
-        f"{settings['dtype']}, Adam, examples of {settings['length']:,} tokens, layers scanned and computed "
-        "again backward. FSDP: params and Adam's moments split over all chips that share the batch; x t: "
-        "each layer split over t chips besides. Memory: arguments and temporary. More than plain: memory, in "
-        "units of a chip's share of the params in float32. Sent: results of collective operations, by bytes "
-        "and by number. Loops count as often as they repeat."
+        f"(libtpu {settings['libtpu']}) states it for programs that are compiled and not run: no time is "
+        f"measured. {settings['dtype']}, Adam, examples of {settings['length']:,} tokens, layers scanned and "
+        "computed again backward. FSDP: params and Adam's moments are split over all chips that share the "
+        "batch; x t: and layers over t chips. Reserved: arguments and the compiler's heap for the rest, gaps "
+        "included; alive: the most at once, also beyond the plain step's, in units of a chip's share of the "
+        "params in float32. Sent: results of collective operations, by bytes and number, with loops as often "
+        "as they repeat. A step in parts is compared with a plain one in as many."
     )
     for case in results["cases"].values():
         if largest := case.get("largest"):
@@ -223,7 +226,7 @@ def plot(results: dict[str, Any]) -> bytes:
         "FLOPs / plain": lambda case, step: _over_plain(case, step)["flops"],
         "bytes accessed / plain": lambda case, step: _over_plain(case, step)["bytes_accessed"],
         "bytes sent / plain": lambda case, step: _over_plain(case, step)["sent"],
-        "memory beyond plain / params": _more_memory,
+        "memory alive beyond plain / params": _more_memory,
     }
     figure = Figure(figsize=(plots.WIDTH, 1.4 + 0.46 * len(shown)), layout="constrained")
     panels = figure.subplots(2, 2, sharey=True).ravel()
@@ -362,14 +365,16 @@ def _title(case: dict[str, Any]) -> str:
     )
 
 
-def _plain(case: dict[str, Any]) -> dict[str, Any]:
-    return next(step for step in case["steps"] if step["step"] == "plain")
+def _plain(case: dict[str, Any], step: dict[str, Any]) -> dict[str, Any]:
+    """The plain step that another is compared with: in as many parts, where there is one."""
+    by_name = {each["step"]: each for each in case["steps"]}
+    in_parts = METHODS[step["step"]].num_parts > 1 and step["step"] != "plain-parts"
+    return by_name.get("plain-parts", by_name["plain"]) if in_parts else by_name["plain"]
 
 
 def _more_memory(case: dict[str, Any], step: dict[str, Any]) -> float:
-    """Temporary memory beyond that of the plain step, in units of a chip's share of the params."""
-    more = step["memory"]["temp"] - _plain(case)["memory"]["temp"]
-    return more / case["param_bytes_per_chip"]
+    """What is alive at once beyond a plain step's, in units of a chip's share of the params."""
+    return (step["peak"] - _plain(case, step)["peak"]) / case["param_bytes_per_chip"]
 
 
 def _over_plain(case: dict[str, Any], step: dict[str, Any]) -> dict[str, float]:
@@ -382,5 +387,5 @@ def _over_plain(case: dict[str, Any], step: dict[str, Any]) -> dict[str, float]:
             "sends": sum(kind["operations"] for kind in sent),
         }
 
-    plain = amounts(_plain(case))
+    plain = amounts(_plain(case, step))
     return {name: amount / plain[name] for name, amount in amounts(step).items()}
