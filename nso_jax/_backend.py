@@ -51,18 +51,12 @@ def loop(
 
 
 def sum_over(
-    term: Callable[[jax.Array], tuple[PyTree, PyTree]], count: int, key: jax.Array
+    step: Callable[[PyTree, jax.Array], tuple[PyTree, PyTree]], count: int, key: jax.Array
 ) -> tuple[PyTree, PyTree]:
-    """The sum of what `term(i)` returns first, i = 0, ..., count - 1, and its second results, stacked."""
-
-    def step(total: PyTree, i: jax.Array) -> tuple[PyTree, PyTree]:
-        added, out = term(i)
-        return (added if total is None else jax.tree.map(jnp.add, total, added)), out
-
+    """As `loop`, from zeros, for a step that adds to what it carries: `step(None, i)` is what it adds."""
     if count == 1 or not _is_traced():
         return _one_by_one(step, None, count)
-    term, _ = traced(term, jnp.int32(0))  # once, though it is evaluated here and in the loop
-    total, _ = jax.eval_shape(term, jnp.int32(0))
+    total, _ = jax.eval_shape(functools.partial(step, None), jnp.int32(0))
     return loop(step, jax.tree.map(jnp.zeros_like, total), count, key)
 
 
@@ -76,7 +70,7 @@ def mean_over(
     keys = jax.random.split(key, count)
 
     def one_by_one(keys: jax.Array) -> PyTree:
-        total, _ = sum_over(lambda i: (estimate(keys[i]), ()), count, key)
+        total, _ = sum_over(lambda total, i: (added(total, estimate(keys[i])), ()), count, key)
         return jax.tree.map(lambda x: x / count, total)
 
     def at_once(keys: jax.Array) -> PyTree:
@@ -85,6 +79,11 @@ def mean_over(
     if count == 1 or not vectorized:
         return one_by_one(keys)
     return jax.lax.platform_dependent(keys, cpu=one_by_one, default=at_once)
+
+
+def added(total: PyTree, term: PyTree) -> PyTree:
+    """`total + term`, or `term` if `total` is None."""
+    return term if total is None else jax.tree.map(jnp.add, total, term)
 
 
 def barrier(tree: PyTree, key: jax.Array) -> PyTree:
@@ -98,14 +97,28 @@ def barrier(tree: PyTree, key: jax.Array) -> PyTree:
     return _barrier(tree, _never(key))
 
 
+def in_each_step(params: PyTree, keys: jax.Array) -> tuple[PyTree, jax.Array]:
+    """The params and the keys, for one step of a loop.
+
+    But on CPU, these are other params to XLA in each step. What it knows of a weight, such as whether it is
+    finite, it would else find out before the loop and keep for all steps.
+    """
+
+    def behind_barrier(params: PyTree, data: jax.Array) -> tuple[PyTree, jax.Array]:
+        return barrier((params, data), keys[0])
+
+    data = jax.random.key_data(keys)
+    params, data = jax.lax.platform_dependent(params, data, cpu=lambda *both: both, default=behind_barrier)
+    return params, jax.random.wrap_key_data(data, impl=jax.random.key_impl(keys))
+
+
 def drawn_again(
     draw: Callable[[jax.Array], PyTree], keys: jax.Array, u: PyTree, params: PyTree, after: PyTree
 ) -> tuple[PyTree, PyTree, PyTree]:
     """The noise, the params and `after`, none of which is used before `after` is known.
 
     On CPU the noise is kept. Elsewhere it is drawn again, which takes about as long as to read it, so that it
-    is not in memory beside a gradient's. To XLA the params are others: what it knows of a weight, such as
-    whether it is finite, it would keep for its second use.
+    is not in memory beside a gradient's; and the params are others to XLA, as `in_each_step`.
 
     Args:
       draw: what makes noise of PRNG keys.

@@ -242,31 +242,30 @@ def mean_over_draws(
 
         return _over_draws(one, len(keys))(keys)
 
-    def evaluate_at(center: PyTree, u: PyTree, sign: int, indices: jax.Array) -> tuple[PyTree, PyTree]:
-        """The sum over a chunk's draws of what is averaged, and what is kept of each."""
+    def add(total: PyTree, center: PyTree, u: PyTree, sign: int, indices: jax.Array) -> tuple[PyTree, PyTree]:
+        """`total` plus the sum over a chunk's draws of what is averaged; and what is kept of each."""
 
         def one(u: PyTree, index: jax.Array) -> tuple[PyTree, PyTree]:
             return evaluate(_backend.computed_once(noise.perturb(center, u, sign), key), index)
 
         averaged, kept = _over_draws(one, len(indices))(u, indices)
-        return jax.tree.map(lambda x: jnp.sum(noise.widen(x), axis=0), averaged), kept
+        return _backend.added(total, jax.tree.map(lambda x: jnp.sum(noise.widen(x), axis=0), averaged)), kept
 
-    def chunk(first: Any, size: int) -> tuple[PyTree, PyTree]:
-        """As `evaluate_at`, for the draws first, ..., first + size - 1."""
+    def add_chunk(total: PyTree, first: Any, size: int) -> tuple[PyTree, PyTree]:
+        """As `add`, for both sides of the draws first, ..., first + size - 1."""
         draws = first + jnp.arange(size, dtype=jnp.int32)
-        of_draws = jax.lax.dynamic_slice_in_dim(keys, first, size)
+        center, of_draws = _backend.in_each_step(params, jax.lax.dynamic_slice_in_dim(keys, first, size))
         u = draw(of_draws)
         if not antithetic:
-            return evaluate_at(params, u, 1, draws)
+            return add(total, center, u, 1, draws)
         u = _backend.computed_once(u, key)
-        total, kept = evaluate_at(params, u, 1, 2 * draws)
-        u, center, total = _backend.drawn_again(draw, of_draws, u, params, after=total)
-        other_total, other_kept = evaluate_at(center, u, -1, 2 * draws + 1)
-        kept = jax.tree.map(lambda *sides: _merge_axes(jnp.stack(sides, axis=1)), kept, other_kept)
-        return jax.tree.map(jnp.add, total, other_total), kept
+        total, kept = add(total, center, u, 1, 2 * draws)
+        u, center, total = _backend.drawn_again(draw, of_draws, u, center, after=total)
+        total, other = add(total, center, u, -1, 2 * draws + 1)
+        return total, jax.tree.map(lambda *sides: _merge_axes(jnp.stack(sides, axis=1)), kept, other)
 
     with copies_along(axis_name):
-        total, kept = _sum_over_chunks(chunk, num_samples, size, key)
+        total, kept = _sum_over_chunks(add_chunk, num_samples, size, key)
         mean = jax.tree.map(lambda x: x / (2 * num_samples if antithetic else num_samples), total)
         if not _is_zero(clean_weight):
             mean = jax.tree.map(lambda c, x: _mix(clean_weight, c, x), clean(params), mean)
@@ -298,18 +297,17 @@ def check_options(
 
 
 def _sum_over_chunks(
-    chunk: Callable[[Any, int], tuple[PyTree, PyTree]], count: int, size: int, key: jax.Array
+    add_chunk: Callable[[PyTree, Any, int], tuple[PyTree, PyTree]], count: int, size: int, key: jax.Array
 ) -> tuple[PyTree, PyTree]:
-    """Sums all chunks of `count` draws, the last of which may be smaller, one after another."""
+    """Runs all chunks of `count` draws, the last of which may be smaller, one after another."""
     whole, rest = divmod(count, size)
-    total, stacked = _backend.sum_over(lambda i: chunk(size * i, size), whole, key)
+    total, stacked = _backend.sum_over(lambda total, i: add_chunk(total, size * i, size), whole, key)
     kept = jax.tree.map(_merge_axes, stacked)
     if not rest:
         return total, kept
     total, first = _backend.barrier((total, jnp.int32(size * whole)), key)
-    last, of_last = chunk(first, rest)
-    kept = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), kept, of_last)
-    return jax.tree.map(jnp.add, total, last), kept
+    total, last = add_chunk(total, first, rest)
+    return total, jax.tree.map(lambda x, y: jnp.concatenate([x, y]), kept, last)
 
 
 def _over_draws(fun: Callable[..., PyTree], size: int) -> Callable[..., PyTree]:

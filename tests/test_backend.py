@@ -77,7 +77,8 @@ def test_a_loop_gives_the_last_carry_and_every_result(step, jitted, key, platfor
 @pytest.mark.parametrize("count", [1, 4])
 def test_sums_and_means_over_numbers_and_keys(jitted, count, key, platform):
     wrap = jax.jit if jitted else lambda f: f
-    total, kept = wrap(lambda key: _backend.sum_over(lambda i: ({"i": i}, 2 * i), count, key))(key)
+    step = lambda total, i: (_backend.added(total, {"i": i}), 2 * i)  # noqa: E731
+    total, kept = wrap(lambda key: _backend.sum_over(step, count, key))(key)
     assert total["i"] == sum(range(count))
     np.testing.assert_array_equal(kept, 2 * np.arange(count))
     mean = wrap(lambda key: _backend.mean_over(jax.random.normal, key, count))(key)
