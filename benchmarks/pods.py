@@ -31,7 +31,6 @@ GIBIBYTE = 2**30
 HEADERS = (
     "program",
     "step",
-    "GiB reserved",
     "GiB alive",
     "alive beyond plain (params)",
     "FLOPs / plain",
@@ -177,21 +176,17 @@ def run(options: Options, progress: Progress) -> dict[str, Any]:
 
 def rows(results: dict[str, Any]) -> list[list[str]]:
     """One row for each step of each case."""
-    table = []
-    for case in results["cases"].values():
-        for step in case["steps"]:
-            memory = step["memory"]
-            table.append(
-                [
-                    _title(case),
-                    METHODS[step["step"]].label,
-                    f"{(memory['arguments'] + memory['temp']) / GIBIBYTE:.2f}",
-                    f"{step['peak'] / GIBIBYTE:.2f}",
-                    f"{_more_memory(case, step):.2f}",
-                    *(f"{ratio:.3f}" for ratio in _over_plain(case, step).values()),
-                ]
-            )
-    return table
+    return [
+        [
+            _title(case),
+            METHODS[step["step"]].label,
+            f"{step['peak'] / GIBIBYTE:.2f}",
+            f"{_more_memory(case, step):.2f}",
+            *(f"{ratio:.3f}" for ratio in _over_plain(case, step).values()),
+        ]
+        for case in results["cases"].values()
+        for step in case["steps"]
+    ]
 
 
 def caption(results: dict[str, Any]) -> str:
@@ -202,10 +197,10 @@ def caption(results: dict[str, Any]) -> str:
         f"(libtpu {settings['libtpu']}) states it for programs that are compiled and not run: no time is "
         f"measured. {settings['dtype']}, Adam, examples of {settings['length']:,} tokens, layers scanned and "
         "computed again backward. FSDP: params and Adam's moments are split over all chips that share the "
-        "batch; x t: and layers over t chips. Reserved: arguments and the compiler's heap for the rest, gaps "
-        "included; alive: the most at once, also beyond the plain step's, in units of a chip's share of the "
-        "params in float32. Sent: results of collective operations, by bytes and number, with loops as often "
-        "as they repeat. A step in parts is compared with a plain one in as many."
+        "batch; x t: and layers over t chips. Alive: memory for arguments and all else, at most; also "
+        "beyond the plain step's, in units of a chip's share of the params in float32. Sent: results of "
+        "collective operations, by bytes and number, with loops as often as they repeat. A step in parts is "
+        f"compared with a plain one in as many. The compiler's effort: {settings['effort']:g}, of -1 to 1."
     )
     for case in results["cases"].values():
         if largest := case.get("largest"):
