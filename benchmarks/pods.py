@@ -31,10 +31,11 @@ GIBIBYTE = 2**30
 HEADERS = (
     "program",
     "step",
+    "gradients",
     "GiB alive",
     "alive beyond plain (params)",
-    "FLOPs / plain",
-    "bytes accessed / plain",
+    "FLOPs / plain gradients",
+    "bytes accessed / plain gradients",
     "bytes sent / plain",
     "sends / plain",
 )
@@ -48,6 +49,7 @@ class Method(NamedTuple):
     Attributes:
         label: What it is called.
         function: Makes `gradient(key, params, batch)` of a loss.
+        num_gradients: How many it takes of a batch.
         options: Its settings.
         num_parts: Microbatches.
         mapped: Whether chips that have whole params average once in the end, in float32; else jit decides.
@@ -55,6 +57,7 @@ class Method(NamedTuple):
 
     label: str
     function: Callable[..., Gradient] = nso_jax.value_and_grad
+    num_gradients: int = 1
     options: dict[str, Any] = {}  # noqa: RUF012  (never changed)
     num_parts: int = 1
     mapped: bool = True
@@ -69,11 +72,16 @@ METHODS = {
     "plain": Method("plain", plain),
     "plain-jit": Method("plain, left to jit", plain, mapped=False),
     "plain-parts": Method(f"plain, {NUM_PARTS} parts", plain, num_parts=NUM_PARTS),
-    "nso": Method("NSO", options={"sigma": SIGMA}),
-    "nso-signs": Method("NSO, signs", options={"sigma": SIGMA, "sampler": noise.rademacher}),
-    "nso-k4": Method(f"NSO, k = {NUM_DRAWS}", options={"sigma": SIGMA, "num_samples": NUM_DRAWS}),
+    "nso": Method("NSO", num_gradients=2, options={"sigma": SIGMA}),
+    "nso-signs": Method("NSO, signs", num_gradients=2, options={"sigma": SIGMA, "sampler": noise.rademacher}),
+    "nso-k4": Method(
+        f"NSO, k = {NUM_DRAWS}",
+        num_gradients=2 * NUM_DRAWS,
+        options={"sigma": SIGMA, "num_samples": NUM_DRAWS},
+    ),
     "nso-k4-at-once": Method(
         f"NSO, k = {NUM_DRAWS}, at once",
+        num_gradients=2 * NUM_DRAWS,
         options={"sigma": SIGMA, "num_samples": NUM_DRAWS, "chunk_size": NUM_DRAWS},
     ),
     "one-sided": Method("one-sided", options={"sigma": SIGMA, "antithetic": False}),
@@ -85,7 +93,7 @@ METHODS = {
         options={"sigma": SIGMA, "antithetic": False},
         num_parts=NUM_PARTS,
     ),
-    "sam": Method("SAM", sharpness.sam, {"rho": RHO}),
+    "sam": Method("SAM", sharpness.sam, num_gradients=2, options={"rho": RHO}),
 }
 SEARCHED = ("plain", "nso", "nso-k4")
 USUAL = ("nso", "nso-signs", "nso-k4", "one-sided", "sam")
@@ -180,6 +188,7 @@ def rows(results: dict[str, Any]) -> list[list[str]]:
         [
             _title(case),
             METHODS[step["step"]].label,
+            str(METHODS[step["step"]].num_gradients),
             f"{step['peak'] / GIBIBYTE:.2f}",
             f"{_more_memory(case, step):.2f}",
             *(f"{ratio:.3f}" for ratio in _over_plain(case, step).values()),
@@ -212,33 +221,28 @@ def caption(results: dict[str, Any]) -> str:
 
 
 def plot(results: dict[str, Any]) -> bytes:
-    """What each step takes over a plain one, a panel for each figure."""
+    """What each step with more than a plain gradient takes, a panel for each figure."""
     cases = results["cases"]
-    shown = [
-        m for m in METHODS if m != "plain" and any(m == s["step"] for c in cases.values() for s in c["steps"])
-    ]
-    panels_of = {
-        "FLOPs / plain": lambda case, step: _over_plain(case, step)["flops"],
-        "bytes accessed / plain": lambda case, step: _over_plain(case, step)["bytes_accessed"],
-        "bytes sent / plain": lambda case, step: _over_plain(case, step)["sent"],
-        "memory alive beyond plain / params": _more_memory,
-    }
-    figure = Figure(figsize=(plots.WIDTH, 1.4 + 0.46 * len(shown)), layout="constrained")
+    taken = {step["step"] for case in cases.values() for step in case["steps"]}
+    shown = [name for name, method in METHODS.items() if method.function is not plain and name in taken]
+    figure = Figure(figsize=(plots.WIDTH, 1.6 + 0.66 * len(shown)), layout="constrained")
     panels = figure.subplots(2, 2, sharey=True).ravel()
-    for panel, (label, value) in zip(panels, panels_of.items(), strict=True):
-        for name, case in cases.items():
-            points = [
-                (value(case, step), shown.index(step["step"]))
-                for step in case["steps"]
-                if step["step"] in shown
-            ]
-            style = {"color": COLOURS[name], "marker": MARKERS[name], "linestyle": "", "alpha": 0.9}
-            panel.plot(*zip(*points, strict=True), label=_title(case), markersize=6, **style)
-        panel.set(xlabel=label)
-        panel.margins(y=0.08)
-    panels[0].set_yticks(range(len(shown)), [METHODS[m].label for m in shown])
-    panels[0].invert_yaxis()
-    figure.suptitle("What a step on a TPU pod takes, by its compiler (no time is measured)", fontsize="large")
+    for panel, (label, value) in zip(panels, PANELS.items(), strict=True):
+        for i, (name, case) in enumerate(cases.items()):
+            steps = [step for step in case["steps"] if step["step"] in shown]
+            x = [value(case, step) for step in steps]
+            # One below the other, so that none hides another.
+            y = [shown.index(step["step"]) + 0.16 * (i - (len(cases) - 1) / 2) for step in steps]
+            style = {"color": COLOURS[name], "marker": MARKERS[name], "markersize": 4.5}
+            panel.plot(x, y, linestyle="", label=_title(case), **style)
+        panel.set(xlabel=label, ylim=(len(shown) - 0.4, -0.6))
+    panels[0].set_yticks(range(len(shown)), [METHODS[name].label for name in shown])
+    for panel in panels[:2]:
+        low, high = panel.get_xlim()
+        panel.set_xlim(min(low, 0.9), max(high, 1.1))
+    panels[2].set_xscale("log", base=2)
+    panels[2].xaxis.set_major_formatter("{x:g}")
+    figure.suptitle("What a step on a TPU pod takes, by its compiler (no time)", fontsize="large")
     return plots.finish(figure, panels[0], columns=2)
 
 
@@ -373,14 +377,25 @@ def _more_memory(case: dict[str, Any], step: dict[str, Any]) -> float:
 
 
 def _over_plain(case: dict[str, Any], step: dict[str, Any]) -> dict[str, float]:
-    def amounts(step: dict[str, Any]) -> dict[str, float]:
+    """FLOPs and bytes accessed over those of as many plain steps, and what is sent over what one sends."""
+
+    def amounts(step: dict[str, Any], gradients: int) -> dict[str, float]:
         sent = step["collectives"].values()
         return {
-            "flops": step["flops"],
-            "bytes_accessed": step["bytes_accessed"],
-            "sent": sum(kind["bytes"] for kind in sent),
+            "flops": step["flops"] / gradients,
+            "bytes_accessed": step["bytes_accessed"] / gradients,
+            "bytes_sent": sum(kind["bytes"] for kind in sent),
             "sends": sum(kind["operations"] for kind in sent),
         }
 
-    plain = amounts(_plain(case, step))
-    return {name: amount / plain[name] for name, amount in amounts(step).items()}
+    plain = amounts(_plain(case, step), 1)
+    taken = amounts(step, METHODS[step["step"]].num_gradients)
+    return {name: amount / plain[name] for name, amount in taken.items()}
+
+
+PANELS: dict[str, Callable[[dict[str, Any], dict[str, Any]], float]] = {
+    "FLOPs / those of plain gradients": lambda case, step: _over_plain(case, step)["flops"],
+    "bytes accessed / plain gradients'": lambda case, step: _over_plain(case, step)["bytes_accessed"],
+    "bytes sent / a plain step's (log scale)": lambda case, step: _over_plain(case, step)["bytes_sent"],
+    "memory beyond plain / params": _more_memory,
+}
