@@ -5,6 +5,7 @@ sigma means the same for each and any `jax.random` function of that form fits.
 """
 
 import dataclasses
+import functools
 import hashlib
 import math
 import operator
@@ -54,19 +55,27 @@ Sigma = Any  # a scalar, a prefix pytree of the params, or a function from the p
 _UNIFORM_HALF_WIDTH = math.sqrt(3.0)
 _LAPLACE_DEVIATION = math.sqrt(2.0)
 _BINOMIAL_TRIALS = 8
+_ANGLE_BITS = 12  # of a word's 32; the others are the radius's, which is at most 5.4 so
 _DEVIATION = "a standard deviation"
 
 
 def normal(key: jax.Array, shape: tuple[int, ...] = (), dtype: Any = jnp.float32) -> jax.Array:
     """Gaussian noise, u ~ N(0, 1): the published choice, and the default.
 
+    A random 32-bit word makes a pair of numbers, by the transform of Box and Muller, for two weights that are
+    neighbours along an axis of even length:
+
+        u_1 = sqrt(-2 log r) cos(2 pi t), u_2 = sqrt(-2 log r) cos(2 pi (t + 1/4)), r of 20 bits and t of 12
+
+    On CPU that takes less than half the time of `jax.random.normal`.
+
     Args:
       key: a PRNG key.
       shape: the shape of the result.
-      dtype: its floating dtype.
+      dtype: its floating dtype; float64 is left to `jax.random.normal`, which has all its digits.
 
     Returns:
-      An array of independent draws with mean 0 and variance 1.
+      An array of independent draws with mean 0 and variance 1; |u| is at most 5.4.
 
     Raises:
       TypeError: `key` is not a PRNG key.
@@ -76,8 +85,15 @@ def normal(key: jax.Array, shape: tuple[int, ...] = (), dtype: Any = jnp.float32
       >>> from nso_jax import noise
       >>> noise.normal(jax.random.key(0), (1000,)).std().round(1)
       Array(1., dtype=float32)
+
+    References:
+      Box and Muller, A Note on the Generation of Random Normal Deviates, Annals of Mathematical Statistics
+      29, 1958.
     """
-    return jax.random.normal(with_fast_bits(as_key(key)), shape, dtype)
+    key = with_fast_bits(as_key(key))
+    if jnp.finfo(dtype).bits > 32:  # noqa: PLR2004
+        return jax.random.normal(key, shape, dtype)
+    return _box_muller(key, tuple(shape)).astype(dtype)
 
 
 def rademacher(key: jax.Array, shape: tuple[int, ...] = (), dtype: Any = jnp.float32) -> jax.Array:
@@ -482,13 +498,45 @@ def _lanes(sizes: Sequence[int], count: int) -> list[int]:
 
 def _split(words: jax.Array, lanes: Sequence[int], width: int) -> jax.Array:
     """The fields of `width` bits, at most 8, of which each word has one for each of its lanes."""
-    shift, offset = jnp.zeros((1,) * words.ndim, jnp.uint32), width
+    words, lane = _spread(words, lanes)
+    shift = (jnp.uint32(width) * lane).astype(words.dtype)
+    return ((words >> shift) & words.dtype.type(2**width - 1)).astype(jnp.uint8)
+
+
+def _spread(words: jax.Array, lanes: Sequence[int]) -> tuple[jax.Array, jax.Array]:
+    """Each word for all of its entries, and the number of each entry among those of its word."""
+    number, count = jnp.zeros((1,) * words.ndim, jnp.uint32), 1
     for axis, lane in enumerate(lanes):
         words = jnp.repeat(words, lane, axis)
         along = [n if i == axis else 1 for i, n in enumerate(words.shape)]
-        shift += jnp.uint32(offset) * (jax.lax.broadcasted_iota(jnp.uint32, along, axis) % jnp.uint32(lane))
-        offset *= lane
-    return ((words >> shift.astype(words.dtype)) & words.dtype.type(2**width - 1)).astype(jnp.uint8)
+        number += jnp.uint32(count) * (jax.lax.broadcasted_iota(jnp.uint32, along, axis) % jnp.uint32(lane))
+        count *= lane
+    return words, number
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _box_muller(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    lanes = _lanes(shape, 2)
+    words = jax.random.bits(key, [n // lane for n, lane in zip(shape, lanes, strict=True)], jnp.uint32)
+    words, number = _spread(words, lanes)
+    radius = jnp.sqrt(-2 * jnp.log(_midpoint(words >> jnp.uint32(_ANGLE_BITS), 32 - _ANGLE_BITS)))
+    quarters = number << jnp.uint32(_ANGLE_BITS - 2)
+    turns = _midpoint((words + quarters) & jnp.uint32(2**_ANGLE_BITS - 1), _ANGLE_BITS)
+    return radius * _cosine(turns - 0.5)  # half a turn is a change of the sign
+
+
+def _midpoint(i: jax.Array, bits: int) -> jax.Array:
+    """(i + 1/2) / 2^bits: the middle of one of 2^bits parts of (0, 1)."""
+    return (i.astype(jnp.int32).astype(jnp.float32) + 0.5) * jnp.float32(2.0**-bits)
+
+
+def _cosine(turns: jax.Array) -> jax.Array:
+    """cos(2 pi x) for |x| <= 1/2, by the series of the sine of a quarter turn at most: to rounding."""
+    x = 0.25 - jnp.abs(turns)
+    total = jnp.zeros_like(x)
+    for n in range(11, 0, -2):
+        total = total * x * x + jnp.float32((-1) ** (n // 2) * math.tau**n / math.factorial(n))
+    return total * x
 
 
 def _leaf_keys(key: jax.Array, paths: list[str]) -> jax.Array:

@@ -1,9 +1,11 @@
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 
 import nso_jax
 from nso_jax import noise
@@ -401,3 +403,27 @@ W = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
 def test_errors_name_argument_value_and_leaf(key, call, error, message):
     with pytest.raises(error, match=message):
         call(key)
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (5, 6), (3, 5), (4,), (), (3, 3, 4, 2)])
+def test_normal_numbers_are_box_and_mullers_of_random_words(key, shape):
+    """Against NumPy: words in float64, and the angle's cosine by its own function."""
+    lanes = noise._lanes(shape, 2)
+    assert math.prod(lanes) == (2 if any(n % 2 == 0 for n in shape) else 1)
+    words = np.asarray(jax.random.bits(key, [n // m for n, m in zip(shape, lanes, strict=True)]))
+    for index in np.ndindex(shape):
+        word = int(words[tuple(i // m for i, m in zip(index, lanes, strict=True))])
+        number = sum(i % m for i, m in zip(index, lanes, strict=True))
+        radius = math.sqrt(-2 * math.log(((word >> 12) + 0.5) / 2**20))
+        expected = radius * math.cos(math.tau * (((word & 0xFFF) + 0.5) / 2**12 + number / 4 - 0.5))
+        np.testing.assert_allclose(noise.normal(key, shape)[index], expected, rtol=3e-6, atol=1e-6)
+
+
+def test_normal_numbers_have_a_normal_law(key):
+    """By the statistic of Kolmogorov and Smirnov, whose 1 % point is 1.63 over the root of the count."""
+    draws = np.asarray(noise.normal(key, (1000, 1000)))
+    assert scipy.stats.kstest(draws[:500].ravel(), "norm").statistic < 1.63 / math.sqrt(draws.size / 2)
+    first, second = draws.reshape(500, 2, 1000).swapaxes(0, 1).reshape(2, -1)
+    for f in (np.abs, np.square, np.sign, np.positive):
+        assert abs(np.corrcoef(f(first), f(second))[0, 1]) < 4 / math.sqrt(first.size)
+    assert np.abs(draws).max() < 5.4
