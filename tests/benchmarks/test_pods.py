@@ -16,7 +16,7 @@ from benchmarks.decoder import Batch
 
 TINY = decoder.Size(layers=2, width=32, heads=4, kv_heads=2, hidden=64, vocabulary=64)
 EXAMPLES, LENGTH = 8, 16
-STEPS = ("plain", "nso", "one-sided", "one-sided-parts", "sam")
+STEPS = ("plain", "nso", "one-sided-parts")
 
 
 @pytest.fixture(autouse=True)
@@ -134,10 +134,9 @@ def test_steps_of_a_tiny_decoder_are_compiled_and_told(here, tmp_path, monkeypat
     assert [case["param_bytes_per_chip"] for case in (whole, sharded)] == [4 * weights, 4 * weights / 8]
     by_step = {step["step"]: step for step in whole["steps"]}
     # One mean in the end, of the gradient and the loss in float32.
-    for step in ("plain", "nso", "one-sided", "one-sided-parts"):
-        reduced = by_step[step]["collectives"].pop("all-reduce")
-        assert reduced["bytes"] == 4 * (weights + 1)
-        assert not by_step[step]["collectives"]
+    for step in STEPS:
+        sent = by_step[step]["collectives"]
+        assert {kind: each["bytes"] for kind, each in sent.items()} == {"all-reduce": 4 * (weights + 1)}
     rows = pods.rows(results)
     assert [row[1] for row in rows] == [
         pods.METHODS[s].label for case in pods.CASES.values() for s in case.methods
