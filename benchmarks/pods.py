@@ -141,8 +141,8 @@ class Options(arguments.Resumable):
     Attributes:
         cases: What to compile; 1.3B and 7B take longest.
         largest: The cases of which the largest batch is sought that the chips' memory has room for.
-        effort: The compiler's, from -1 to 1. At -1 it takes a third of the time, and its schedules, and so the
-            memory alive, are worse than those of its default.
+        effort: The compiler's, from -1 to 1. At -1 it takes a third of the time, but its schedules are worse
+            than those of its default, and with them the memory alive.
     """
 
     cases: tuple[CaseName, ...] = ("160M", "34B", "70B")
