@@ -302,7 +302,8 @@ def _gradient(
 
 
 def _compiled(case: Case, method: Method, effort: float) -> jax.stages.Compiled:
-    return lowered(case, method).compile(compiler_options={"exec_time_optimization_effort": effort})
+    options: Any = {"exec_time_optimization_effort": effort}  # typed for strings and bools alone
+    return lowered(case, method).compile(compiler_options=options)
 
 
 def _figures(case: Case, method: Method, effort: float) -> dict[str, Any]:
