@@ -6,7 +6,7 @@ compiled ahead of time on a machine without one, has nothing of what stands here
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -243,10 +243,42 @@ def with_fast_bits(key: jax.Array) -> jax.Array:
     The words are an array of their own: one loop for them and the inverse error function takes half as long
     again as two.
     """
-    in_order = jax.config.jax_threefry_partitionable  # type: ignore[attr-defined]  # word i is the hash of i
-    if not (in_order and str(jax.random.key_impl(key)) == _IMPL):
+    if not _counts(key, ()):
         return key
     return jax.random.wrap_key_data(jax.random.key_data(key), impl=_UNROLLED)
+
+
+def repeated_bits(key: jax.Array, shape: Sequence[int], repeats: Sequence[int]) -> jax.Array:
+    """Random 32-bit words, each of them repeated so many times along each axis of `shape`.
+
+    XLA:TPU writes what is repeated along an axis to memory. There each entry hashes the number of its word.
+    """
+    sizes = [size // count for size, count in zip(shape, repeats, strict=True)]
+
+    def repeated(data: jax.Array) -> jax.Array:
+        key_of = with_fast_bits(jax.random.wrap_key_data(data, impl=jax.random.key_impl(key)))
+        words = jax.random.bits(key_of, sizes, jnp.uint32)
+        for axis, count in enumerate(repeats):
+            words = jnp.repeat(words, count, axis)
+        return words
+
+    def hashed(data: jax.Array) -> jax.Array:
+        number = jnp.zeros(shape, jnp.uint32)
+        for axis, count in enumerate(repeats):
+            along = jax.lax.broadcasted_iota(jnp.uint32, shape, axis) // jnp.uint32(count)
+            number += along * jnp.uint32(math.prod(sizes[axis + 1 :]))
+        return _threefry(data, number)
+
+    data = jax.random.key_data(key)
+    if not _counts(key, sizes):
+        return repeated(data)
+    return jax.lax.platform_dependent(data, tpu=hashed, default=repeated)
+
+
+def _counts(key: jax.Array, shape: Sequence[int]) -> bool:
+    """Whether the i-th random word of this shape is the hash of i."""
+    in_order = jax.config.jax_threefry_partitionable  # type: ignore[attr-defined]
+    return in_order and str(jax.random.key_impl(key)) == _IMPL and math.prod(shape) < 2**32
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nso_jax._backend import with_fast_bits
+from nso_jax._backend import repeated_bits, with_fast_bits
 from nso_jax._callers import check_injected
 from nso_jax._checks import (
     PyTree,
@@ -90,9 +90,9 @@ def normal(key: jax.Array, shape: tuple[int, ...] = (), dtype: Any = jnp.float32
       Box and Muller, A Note on the Generation of Random Normal Deviates, Annals of Mathematical Statistics
       29, 1958.
     """
-    key = with_fast_bits(as_key(key))
+    key = as_key(key)
     if jnp.finfo(dtype).bits > 32:  # noqa: PLR2004
-        return jax.random.normal(key, shape, dtype)
+        return jax.random.normal(with_fast_bits(key), shape, dtype)
     return _box_muller(key, tuple(shape)).astype(dtype)
 
 
@@ -466,59 +466,34 @@ def _deviations(sigma: Sigma, params: PyTree) -> list[Any]:
 
 
 def _random_fields(key: jax.Array, shape: tuple[int, ...], width: int) -> jax.Array:
-    """`width` random bits for each entry, of 32-bit words that as many entries share as divide the axes.
+    """`width` random bits for each entry, of 32-bit words that as many entries share as divide the axes."""
+    words, number = _shared_words(key, shape, 32 // width)
+    return (words >> (jnp.uint32(width) * number)) & jnp.uint32(2**width - 1)
 
-    The axes are divided without padding, so that an array sharded over any of them keeps its sharding. A word
-    becomes bytes first: what XLA:TPU repeats along an axis it writes to memory, and a byte for each entry is
-    a quarter of a word.
+
+def _shared_words(key: jax.Array, shape: tuple[int, ...], count: int) -> tuple[jax.Array, jax.Array]:
+    """A random word for each entry, which up to `count` share, and its number among those that share it.
+
+    The axes are divided without padding, so that an array sharded over any of them keeps its sharding: from
+    the one with the most factors of 2, and the last one last, along which TPUs have to move what is divided.
     """
-    lanes = _lanes(shape, 32 // width)
-    in_byte = _lanes(lanes, 8 // width)
-    words = jax.random.bits(
-        with_fast_bits(as_key(key)), [n // lane for n, lane in zip(shape, lanes, strict=True)], jnp.uint32
-    )
-    octets = _split(words, [lane // part for lane, part in zip(lanes, in_byte, strict=True)], 8)
-    return _split(octets, in_byte, width)
-
-
-def _lanes(sizes: Sequence[int], count: int) -> list[int]:
-    """How many entries that share a word lie along each axis: factors of 2 of its size, `count` in all.
-
-    The last axis comes last, and not at all where the others give 8 or more: TPUs keep 8 entries of the axis
-    before and 128 of the last one side by side, so that what is divided along the last has to be moved.
-    """
-    lanes, free = [1] * len(sizes), count
-    others = sorted(range(len(sizes) - 1), key=lambda i: (math.gcd(sizes[i], count), i), reverse=True)
-    for axis in [*others, *range(len(sizes))[-1:]]:
-        if axis in others or count // free < 8:  # noqa: PLR2004
-            lanes[axis] = math.gcd(sizes[axis], free)
-            free //= lanes[axis]
-    return lanes
-
-
-def _split(words: jax.Array, lanes: Sequence[int], width: int) -> jax.Array:
-    """The fields of `width` bits, at most 8, of which each word has one for each of its lanes."""
-    words, lane = _spread(words, lanes)
-    shift = (jnp.uint32(width) * lane).astype(words.dtype)
-    return ((words >> shift) & words.dtype.type(2**width - 1)).astype(jnp.uint8)
-
-
-def _spread(words: jax.Array, lanes: Sequence[int]) -> tuple[jax.Array, jax.Array]:
-    """Each word for all of its entries, and the number of each entry among those of its word."""
-    number, count = jnp.zeros((1,) * words.ndim, jnp.uint32), 1
+    lanes, free = [1] * len(shape), count
+    for axis in sorted(range(len(shape)), key=lambda i: (i + 1 < len(shape), math.gcd(shape[i], count)))[
+        ::-1
+    ]:
+        lanes[axis] = math.gcd(shape[axis], free)
+        free //= lanes[axis]
+    number, stride = jnp.zeros((1,) * len(shape), jnp.uint32), 1
     for axis, lane in enumerate(lanes):
-        words = jnp.repeat(words, lane, axis)
-        along = [n if i == axis else 1 for i, n in enumerate(words.shape)]
-        number += jnp.uint32(count) * (jax.lax.broadcasted_iota(jnp.uint32, along, axis) % jnp.uint32(lane))
-        count *= lane
-    return words, number
+        along = [size if i == axis else 1 for i, size in enumerate(shape)]
+        number += jnp.uint32(stride) * (jax.lax.broadcasted_iota(jnp.uint32, along, axis) % jnp.uint32(lane))
+        stride *= lane
+    return repeated_bits(as_key(key), shape, lanes), number
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def _box_muller(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    lanes = _lanes(shape, 2)
-    words = jax.random.bits(key, [n // lane for n, lane in zip(shape, lanes, strict=True)], jnp.uint32)
-    words, number = _spread(words, lanes)
+    words, number = _shared_words(key, shape, 2)
     radius = jnp.sqrt(-2 * jnp.log(_midpoint(words >> jnp.uint32(_ANGLE_BITS), 32 - _ANGLE_BITS)))
     quarters = number << jnp.uint32(_ANGLE_BITS - 2)
     turns = _midpoint((words + quarters) & jnp.uint32(2**_ANGLE_BITS - 1), _ANGLE_BITS)

@@ -54,8 +54,12 @@ def key():
 
 @pytest.fixture
 def elsewhere(monkeypatch):
-    """What is compiled for other platforms, on the CPU: draws in loops, barriers that are no loops."""
-    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
+    """What is compiled for TPU, and most of it for GPU, on the CPU: draws in loops, barriers that are no loops."""
+    monkeypatch.setattr(
+        jax.lax,
+        "platform_dependent",
+        lambda *args, default, **branches: branches.get("tpu", default)(*args),
+    )
 
 
 @pytest.fixture(params=["on CPU", "elsewhere"])

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from two_processes import train
 
 import nso_jax
 import nso_jax.nnx
 from nso_jax import noise, parallel, sharpness
+from tests.two_processes import train
 
 P = jax.P
 SIGMA = 0.1

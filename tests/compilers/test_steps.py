@@ -14,7 +14,7 @@ from flax import nnx
 
 import nso_jax
 import nso_jax.nnx
-from benchmarks import compilers
+from benchmarks.cost import compilers
 from nso_jax import noise, parallel, sharpness
 
 DEVICES = 8

@@ -1,0 +1,1 @@
+"""What it costs: time, memory, communication; one file for a claim."""

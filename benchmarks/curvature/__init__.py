@@ -1,0 +1,1 @@
+"""How curved a loss is, and what it costs to tell."""

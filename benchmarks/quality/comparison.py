@@ -1,0 +1,319 @@
+"""Methods side by side on one task: tuned alike, trained from several seeds, and their curvature measured."""
+
+import dataclasses
+import functools
+import itertools
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import numpy as np
+from flax import nnx
+from rich.progress import Progress
+
+from benchmarks.kit.files import UserError
+from benchmarks.kit.journal import Journal
+from benchmarks.kit.options import Count, Resumable
+from benchmarks.tasks import data
+from benchmarks.tasks.data import Examples
+from benchmarks.training import loop, measuring
+from benchmarks.training.loop import Settings, Task, Trained
+from benchmarks.training.measuring import Gauge
+from benchmarks.training.methods import METHODS, Method, Name
+from nso_jax import curvature
+
+TUNING_SEED = 100  # and those after it; they draw other examples than the seeds of the results
+CHUNK = 250  # examples evaluated at once
+
+
+class Split(NamedTuple):
+    """The examples of a seed: to train on, to choose by, and to report."""
+
+    train: Examples
+    validation: Examples
+    test: Examples
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Problem:
+    """What is to be learnt, and on which examples.
+
+    Attributes:
+        name: What it is called.
+        task: The training.
+        split: `split(seed)`.
+        strengths: What is tried of the methods' strengths, where it is not what `METHODS` says.
+    """
+
+    name: str
+    task: Task
+    split: Callable[[int], Split]
+    strengths: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
+
+    def sizes(self) -> dict[str, Any]:
+        """What it is called, and how many examples each part of a split has, ready for JSON."""
+        parts = self.split(0)._asdict().items()
+        return {"name": self.name, **{part: len(examples.labels) for part, examples in parts}}
+
+    def methods(self, names: Sequence[str]) -> dict[str, Method]:
+        """The methods of these names, plain training first."""
+        made = {
+            name: METHODS[name]._replace(strengths=self.strengths.get(name, METHODS[name].strengths))
+            for name in sorted(dict.fromkeys(names), key=list(METHODS).index)
+        }
+        return dict(sorted(made.items(), key=lambda item: item[1].optimizer is not self.task.optimizer))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(Resumable):
+    """How methods are compared.
+
+    Attributes:
+        methods: What to compare.
+        gradients: Gradient evaluations of a training, whatever the method.
+        batch_size: Examples in a batch.
+        rates: Learning rates to try with each of a method's strengths.
+        weight_decays: Weight decays to try where a method has no strength; plain SGD's or Adam's is for all.
+        seeds: Trainings of each method for the results.
+        tuning_seeds: Trainings of each method with each strength and rate that is tried.
+        points: How often to measure in a training.
+        point_products: Hessian-vector products for a trace on the way.
+        final_products: The most of them for a trace at the end.
+        rtol: Its standard error, over the trace, that is small enough.
+        trace_method: How it is estimated: see `nso_jax.curvature.trace`.
+        eigenvalue_tol: The largest eigenvalue's residual, over it, that is small enough.
+    """
+
+    methods: tuple[Name, ...] = get_args(Name)
+    gradients: Count = 480
+    batch_size: Count = 48
+    rates: tuple[float, ...] = (0.05, 0.1)
+    weight_decays: tuple[float, ...] = (1e-3, 5e-3, 2e-2)
+    seeds: Count = 5
+    tuning_seeds: Count = 2
+    points: Count = 8
+    point_products: Count = 10
+    final_products: Count = 60
+    rtol: float = 0.02
+    trace_method: Literal["xtrace", "hutchinson"] = "xtrace"
+    eigenvalue_tol: float = 1e-3
+
+    def settings(self) -> dict[str, Any]:
+        """What somebody needs to know to go on with the run or to repeat it, ready for JSON."""
+        made = super().settings()
+        # Of a source its name alone: where it lies is of no interest to others.
+        return made | {key: data.name(made[key]) for key in ("data", "model") if made.get(key)}
+
+
+class Knobs(NamedTuple):
+    """What is tuned."""
+
+    strength: float
+    rate: float
+    weight_decay: float
+
+    def settings(self, gradients: int, seed: int, num_points: int = 1) -> Settings:
+        """Those of a training with them."""
+        return Settings(
+            gradients, self.rate, self.weight_decay, self.strength, seed=seed, num_points=num_points
+        )
+
+
+def compare(problem: Problem, options: Options, journal: Journal, progress: Progress) -> dict[str, Any]:
+    """Tunes the methods on the validation examples, and then trains and measures them.
+
+    Args:
+        problem: What to learn.
+        options: By which methods, how often and how long.
+        journal: What was done before is taken from it.
+        progress: Where to show how far it is.
+
+    Returns:
+        The figures, ready for JSON: `tuning`, `chosen` and `runs`.
+
+    Raises:
+        UserError: The gradients make no whole number of a method's steps.
+    """
+    methods = problem.methods(options.methods)
+    for name, method in methods.items():
+        if options.gradients % method.gradients_per_step:
+            wanted = f"a multiple of {method.gradients_per_step}, what {name} takes in a step"
+            raise UserError(f"argument --gradients: expected {wanted}, got {options.gradients}")
+    number = sum(len(grid(method, options)) for method in methods.values()) * options.tuning_seeds
+    total = (number + options.seeds * len(methods)) * options.gradients
+    advance = functools.partial(progress.advance, progress.add_task(problem.name, total=total))
+    gauge = measuring.gauge(measuring.split_network(problem.task.model(0))[0])
+
+    def figures(name: str, knobs: Knobs, seed: int, *, tuned: bool) -> dict[str, Any]:
+        title = f"{name} {knobs.strength:g}, rate {knobs.rate:g}, decay {knobs.weight_decay:g}, seed {seed}"
+        settings = knobs.settings(options.gradients, seed, options.points if tuned else 1)
+        train = train_and_measure if tuned else train_and_validate
+        compute = functools.partial(
+            train, problem, methods[name], settings, options, gauge=gauge, journal=journal, advance=advance
+        )
+        if journal.done(title):
+            advance(options.gradients)
+        measured = journal.once(title, compute, functools.partial(tell, progress, title))
+        return {"method": name, **knobs._asdict(), "seed": seed, **measured}
+
+    tuning: list[dict[str, Any]] = []
+    chosen: dict[str, Knobs] = {}
+    seeds = range(TUNING_SEED, TUNING_SEED + options.tuning_seeds)
+    for name, method in methods.items():
+        plain = next(iter(chosen.values()), None)
+        tried = itertools.product(grid(method, options, plain and plain.weight_decay), seeds)
+        runs = [figures(name, knobs, seed, tuned=False) for knobs, seed in tried]
+        tuning += runs
+        chosen[name] = choose(runs)
+    runs = [
+        figures(name, knobs, seed, tuned=True)
+        for (name, knobs), seed in itertools.product(chosen.items(), range(options.seeds))
+    ]
+    assert len({run["evaluations"] for run in runs}) == 1, "methods differ in gradient evaluations"  # noqa: S101
+    return {
+        "name": problem.name,
+        "settings": options.settings(),
+        "data": problem.sizes(),
+        "chosen": {
+            name: {"gradients_per_step": methods[name].gradients_per_step, **knobs._asdict()}
+            for name, knobs in chosen.items()
+        },
+        "tuning": tuning,
+        "runs": runs,
+    }
+
+
+def grid(method: Method, options: Options, weight_decay: float | None = None) -> list[Knobs]:
+    """What is tried: strengths and learning rates, or weight decays and these where there is one strength.
+
+    Args:
+        method: The method.
+        options: Those of the comparison.
+        weight_decay: That of methods with strengths; by default the first one.
+    """
+    if len(method.strengths) == 1:
+        return [
+            Knobs(method.strengths[0], *knobs)
+            for knobs in itertools.product(options.rates, options.weight_decays)
+        ]
+    decay = options.weight_decays[0] if weight_decay is None else weight_decay
+    return [Knobs(*knobs, decay) for knobs in itertools.product(method.strengths, options.rates)]
+
+
+def choose(tuning: list[dict[str, Any]]) -> Knobs:
+    """The knobs of the least mean validation loss, which tells more from few examples than the accuracy."""
+    by_knobs: dict[Knobs, list[float]] = {}
+    for run in tuning:
+        by_knobs.setdefault(Knobs(*(run[name] for name in Knobs._fields)), []).append(run["validation_loss"])
+    return min(by_knobs, key=lambda knobs: statistics.mean(by_knobs[knobs]))
+
+
+def train_and_validate(
+    problem: Problem,
+    method: Method,
+    settings: Settings,
+    _: Options,
+    *,
+    gauge: Gauge,
+    **keywords: Any,
+) -> dict[str, Any]:
+    """Trains once and evaluates on the validation examples alone, by which settings are chosen."""
+    trained = loop.train(problem.task, method, settings, **keywords)
+    return _figures(trained, gauge, problem.split(settings.seed))
+
+
+def train_and_measure(
+    problem: Problem,
+    method: Method,
+    settings: Settings,
+    options: Options,
+    *,
+    gauge: Gauge,
+    **keywords: Any,
+) -> dict[str, Any]:
+    """Trains once, and measures all that is reported, on the way too."""
+    split = problem.split(settings.seed)
+
+    def measure(model: nnx.Module) -> dict[str, float]:
+        return measure_point(gauge, model, split, options)
+
+    trained = loop.train(problem.task, method, settings, measure=measure, **keywords)
+    figures = _figures(trained, gauge, split)
+    return figures | measure_end(gauge, trained.model, split, options) | {"curve": trained.curve}
+
+
+def _figures(trained: Trained, gauge: Gauge, split: Split) -> dict[str, Any]:
+    return {
+        "evaluations": trained.curve[-1]["evaluations"],
+        "seconds": trained.seconds,
+        **_evaluated(gauge, trained.model, split.validation, "validation"),
+    }
+
+
+def measure_point(gauge: Gauge, model: nnx.Module, split: Split, options: Options) -> dict[str, float]:
+    """The figures followed over training."""
+    trace = _trace(gauge, model, split.train, options, num_products=options.point_products)
+    return {
+        **_evaluated(gauge, model, split.train, "train"),
+        **_evaluated(gauge, model, split.test, "test"),
+        "trace": trace.value,
+    }
+
+
+def measure_end(gauge: Gauge, model: nnx.Module, split: Split, options: Options) -> dict[str, float]:
+    """The figures at the end, with the largest eigenvalue of the training loss's Hessian."""
+    products = {"num_products": options.final_products, "rtol": options.rtol}
+    trace = _trace(gauge, model, split.train, options, **products)
+    params, batches = _batches(model, split.train)
+    key, tol = jax.random.key(0), options.eigenvalue_tol
+    pairs = curvature.eigenvalues(key, gauge.loss, params, batches, k=1, tol=tol)
+    return {
+        **_evaluated(gauge, model, split.train, "train"),
+        **_evaluated(gauge, model, split.test, "test"),
+        "trace": trace.value,
+        "trace_standard_error": trace.standard_error,
+        "largest_eigenvalue": float(pairs.values[0]),
+    }
+
+
+def accuracy(model: nnx.Module, examples: Examples) -> float:
+    """The share of the examples that a model gets right."""
+    gauge = measuring.gauge(measuring.split_network(model)[0])
+    return _evaluated(gauge, model, examples, "")["_accuracy"]
+
+
+def _trace(
+    gauge: Gauge, model: nnx.Module, examples: Examples, options: Options, **products: Any
+) -> curvature.Estimate:
+    # The same probes for all networks, so that differences between them are less noisy than each.
+    key, (params, batches) = jax.random.key(0), _batches(model, examples)
+    return curvature.trace(key, gauge.loss, params, batches, method=options.trace_method, **products)
+
+
+def _evaluated(gauge: Gauge, model: nnx.Module, examples: Examples, part: str) -> dict[str, float]:
+    params, batches = _batches(model, examples)
+    sizes = [len(batch.labels) for batch, _ in batches]
+
+    def mean(fun: Callable[..., jax.Array]) -> float:
+        return float(np.average([fun(params, batch) for batch in batches], weights=sizes))
+
+    return {f"{part}_accuracy": mean(gauge.accuracy), f"{part}_loss": mean(gauge.loss)}
+
+
+def _batches(model: nnx.Module, examples: Examples) -> tuple[nnx.State, list[tuple[Examples, nnx.State]]]:
+    """The weights, and the examples in parts, each with the rest of the model's state."""
+    params, rest = measuring.split_network(model)[1]
+    starts = range(0, len(examples.labels), CHUNK)
+    return params, [(data.part(examples, first, first + CHUNK), rest) for first in starts]
+
+
+def tell(progress: Progress, title: str, figures: dict[str, Any]) -> None:
+    """Shows the figures of a training in a line."""
+    text = f"{title}: validation {100 * figures['validation_accuracy']:.1f} %"
+    if "trace" in figures:
+        text += (
+            f", test {100 * figures['test_accuracy']:.1f} %, trace {figures['trace']:.3g}, "
+            f"eigenvalue {figures['largest_eigenvalue']:.3g}"
+        )
+    progress.console.print(f"{text}, {figures['seconds']:.1f} s", highlight=False, soft_wrap=True)

@@ -1,0 +1,170 @@
+"""What a comparison of methods shows: its table, its claims, its picture."""
+
+import collections
+import math
+import statistics
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from benchmarks.kit import plots, tables
+from benchmarks.training.methods import METHODS
+
+# In words; the demo's wp-sgd takes two draws in a step.
+NOISES = {
+    "wp-sgd": "one-sided noise, one draw and so one gradient in a step",
+    "nso": "a pair of draws",
+    "nso-relative": "a pair, in proportion to each weight",
+    "nso-micro": "the same, anew in each of four microbatches",
+    "wp-micro": "its one-sided form, one gradient in a step",
+}
+FAMILY = ("sam", "asam", "usam", "rsam")  # the rivals of the paper's claims
+HEADERS: tuple[str, ...] = (
+    "method",
+    "strength",
+    "rate",
+    "test accuracy (%)",
+    "Hessian trace",
+    "largest eigenvalue",
+)
+
+
+def rows(results: dict[str, Any]) -> list[list[str]]:
+    """One row for each method, with means and 95 % intervals over the seeds."""
+    return [_row(name, results) for name in results["chosen"]]
+
+
+def caption(results: dict[str, Any]) -> str:
+    """What the table shows, in a few sentences."""
+    settings, sizes, machine = results["settings"], results["data"], results["machine"]
+    tried = collections.Counter(run["method"] for run in results["tuning"])
+    fewest, most = (count // settings["tuning_seeds"] for count in (min(tried.values()), max(tried.values())))
+    return (
+        f"Mean ± 95 % interval over {settings['seeds']} seeds: of the {sizes['train']} examples to train on, "
+        "their order, the weights that are not pretrained, and the noise. "
+        f"{sizes['test']:,} examples to test on. Every method takes {settings['gradients']} gradient "
+        f"evaluations on {settings['batch_size']} examples each{_steps(results)}. "
+        f"Strength and rate: of the least loss on {sizes['validation']} validation examples, a mean over "
+        f"{settings['tuning_seeds']} other seeds, of {fewest} to {most} pairs for a method. "
+        "Trace and eigenvalue: of the Hessian of the loss over all training examples, at the end. "
+        f"{_named(results)}On {machine['cpu_count']} CPU cores ({machine['device']}).\n\n{claims(results)}"
+    ).strip()
+
+
+def _named(results: dict[str, Any]) -> str:
+    """What the names of the ways to use noise mean, for those that are there."""
+    told = [f"{name}: {NOISES[name]}" for name in results["chosen"] if name in NOISES]
+    return f"{'; '.join(told)}. " if told else ""
+
+
+def _steps(results: dict[str, Any]) -> str:
+    """How many gradients the methods take in a step, unless it is one for all."""
+    names: dict[int, list[str]] = {}
+    for name, knobs in results["chosen"].items():
+        names.setdefault(knobs["gradients_per_step"], []).append(name)
+    told = [f"{count} in a step by {', '.join(of)}" for count, of in sorted(names.items()) if count > 1]
+    return f" ({'; '.join(told)})" if told else ""
+
+
+def claims(results: dict[str, Any]) -> str:
+    """What the run says about the paper's claims and ours, as a list in Markdown."""
+    family = [name for name in FAMILY if name in results["chosen"]]
+    ours = [name for name in results["chosen"] if METHODS[name].is_noise]
+    if not family or not ours:
+        return ""
+    told = []
+    for figure, what in (("trace", "Hessian trace"), ("largest_eigenvalue", "largest eigenvalue")):
+        rival = min(family, key=lambda name: statistics.mean(_column(results, name, figure)))
+        against = ", ".join(f"{name} {_against(results, name, rival, figure)}" for name in ours)
+        told.append(f"- The {what}, against that of {rival}, the lowest of SAM's family: {against}.")
+    rival = max(family, key=lambda name: statistics.mean(_column(results, name, "test_accuracy")))
+    others = [rival, next(iter(results["chosen"]))]
+    ahead = ", ".join(
+        f"{name} " + " and ".join(_ahead(results, name, other) for other in others) for name in ours
+    )
+    told.append(f"- Points of accuracy ahead of {' and '.join(others)}, seed by seed: {ahead}.")
+    return "\n".join(told)
+
+
+def plot(results: dict[str, Any]) -> bytes:
+    """Accuracy and trace at the end, with 95 % intervals, and the trace on the way if followed, as PNG."""
+    names, seeds = list(results["chosen"]), results["settings"]["seeds"]
+    followed = len(results["runs"][0]["curve"]) > 1
+    height = 1.3 + 0.26 * len(names)
+    figure = Figure(figsize=(plots.WIDTH, height + 3.6 * followed), layout="constrained")
+    grid = figure.add_gridspec(1 + followed, 2, height_ratios=[height, 3.2][: 1 + followed])
+    accuracy = figure.add_subplot(grid[0, 0])
+    trace = figure.add_subplot(grid[0, 1], sharey=accuracy)
+    for axes, of, scale in ((accuracy, "test_accuracy", 100), (trace, "trace", 1)):
+        columns = {name: [scale * x for x in _column(results, name, of)] for name in names}
+        rows = [plots.Row(plots.title(name), columns[name], plots.colour(name)) for name in names]
+        plots.dots(axes, rows, log=of == "trace")
+    trace.tick_params(labelleft=False)
+    accuracy.set(title="Accuracy: right is better", xlabel="test accuracy (%)")
+    trace.set(title="Trace: left is flatter", xlabel="Hessian trace (log scale)")
+    figure.suptitle(f"At the end: mean and 95 % interval, {seeds} seeds", fontsize="large")
+    if not followed:
+        return plots.finish(figure)
+    way = figure.add_subplot(grid[1, :])
+    for name in filter(plots.FOLLOWED.__contains__, names):
+        runs = _runs(results, name)
+        x = [point["evaluations"] for point in runs[0]["curve"]]
+        curves = [[point["trace"] for point in run["curve"]] for run in runs]
+        plots.band(way, name, x, curves, log=True, spread=plots.interval)
+    way.set(title="The trace on the way there: geometric mean, 95 % band", xlabel="gradient evaluations")
+    way.set(ylabel="Hessian trace (log scale)", yscale="log")
+    plots.label_log_axis(way.yaxis)
+    return plots.finish(figure, way)
+
+
+def _row(name: str, results: dict[str, Any]) -> list[str]:
+    knobs = results["chosen"][name]
+    return [
+        name,
+        f"{knobs['strength']:g}" if len(METHODS[name].strengths) > 1 else "",
+        f"{knobs['rate']:g}",
+        *cells(_runs(results, name)),
+    ]
+
+
+def cells(runs: list[dict[str, Any]]) -> list[str]:
+    """Test accuracy in percent, trace and largest eigenvalue, each with its 95 % interval."""
+    columns = ([run[name] for run in runs] for name in ("test_accuracy", "trace", "largest_eigenvalue"))
+    accuracy, *others = (np.array(column) for column in columns)
+    return [_with_interval(values) for values in (100 * accuracy, *others)]
+
+
+def _against(results: dict[str, Any], name: str, rival: str, figure: str) -> str:
+    """By how many percent the geometric mean differs, and its 95 % interval, from each seed's ratio."""
+    mine, theirs = (np.log(_column(results, of, figure)) for of in (name, rival))
+    difference = mine - theirs
+    mean, width = difference.mean(), plots.interval(difference)
+    low, middle, high = (round(100 * math.expm1(mean + shift)) for shift in (-width, 0, width))
+    ends = (low, high) if middle > 0 else (high, low)
+    if low < 0 < high:
+        return f"{_word(middle)} (from {_word(ends[0])} to {_word(ends[1])})"
+    return f"{_word(middle)} ({abs(ends[0])} to {abs(ends[1])})"
+
+
+def _word(percent: int) -> str:
+    """`88 % higher` or `12 % lower`: a minus sign is easily missed."""
+    return f"{abs(percent)} % {'higher' if percent > 0 else 'lower'}" if percent else "the same"
+
+
+def _ahead(results: dict[str, Any], name: str, rival: str) -> str:
+    mine, theirs = (np.array(_column(results, of, "test_accuracy")) for of in (name, rival))
+    difference = 100 * (mine - theirs)
+    return f"{difference.mean():+.1f} ± {plots.interval(difference):.1f}"
+
+
+def _with_interval(values: np.ndarray) -> str:
+    return tables.with_error(float(values.mean()), float(plots.interval(values)) if len(values) > 1 else None)
+
+
+def _column(results: dict[str, Any], name: str, figure: str) -> list[float]:
+    return [run[figure] for run in _runs(results, name)]
+
+
+def _runs(results: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    return [run for run in results["runs"] if run["method"] == name]

@@ -1,0 +1,199 @@
+"""Images: a network pretrained on half of the classes learns the others from few examples of each."""
+
+import dataclasses
+import functools
+import hashlib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+import safetensors.numpy
+from flax import nnx
+from rich.progress import Progress
+
+from benchmarks.kit.files import UserError, read_file, write_files
+from benchmarks.kit.journal import Journal
+from benchmarks.kit.options import Count
+from benchmarks.quality import comparison, comparison_table
+from benchmarks.quality.comparison import Problem, Split
+from benchmarks.tasks import augmentation, checkpoints, data, models, parquet
+from benchmarks.tasks.data import Examples
+from benchmarks.training import loop
+from benchmarks.training.loop import Task
+from benchmarks.training.methods import METHODS
+
+PRETRAINING_RATE, PRETRAINING_DECAY = 0.1, 5e-4
+PRETRAINING_BATCH = 100
+MLP_WIDTH = 256
+# Its weights are so many that they bear more noise, and longer steps up.
+MLP_STRENGTHS = {"nso": (0.01, 0.02, 0.05, 0.1), "asam": (0.5, 1.0, 2.0, 4.0)} | dict.fromkeys(
+    ("nso-relative", "nso-micro", "wp-micro"), (0.2, 0.4, 0.8, 1.2)
+)
+DIGITS_TRAIN = 797  # of 1,797: those that are not for the test
+
+HEADERS, rows, plot = comparison_table.HEADERS, comparison_table.rows, comparison_table.plot
+
+NetworkName = Literal["small-resnet", "resnet18", "vit", "mlp"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(comparison.Options):
+    """Compares methods on images: fine-tuning of a pretrained network with few examples, or from scratch.
+
+    Attributes:
+        data: A folder of Parquet files or hf://datasets/...; scikit-learn's digits by default.
+        network: What is trained.
+        scratch: Train a fresh network on all classes.
+        per_class: Images of each class to train on.
+        validation_images: Images to choose strengths and rates by.
+        pretraining_epochs: Passes over the images of the other classes.
+        augment: What is done to images to train on.
+    """
+
+    data: str | None = None
+    network: NetworkName = "small-resnet"
+    scratch: bool = False
+    per_class: Count = 20
+    validation_images: Count = 1000
+    pretraining_epochs: Count = 20
+    augment: augmentation.Name = "none"
+    work: Path = Path("runs/images")
+
+
+class Pool(NamedTuple):
+    """The images of some classes."""
+
+    train: Examples
+    test: Examples
+    num_classes: int
+
+
+def run(options: Options, progress: Progress) -> dict[str, Any]:
+    """Pretrains a network, and compares how the methods go on from it.
+
+    Raises:
+        UserError: The images cannot be read or are too few, or the network cannot be fine-tuned.
+    """
+    if options.network == "mlp" and not options.scratch:
+        raise UserError("argument --network mlp: needs --scratch, for it has no head apart to be learnt anew")
+    journal = Journal(options.work, options.settings(), resume=options.resume)
+    problem = make_problem(options, journal, progress)
+    return comparison.compare(problem, options, journal, progress)
+
+
+def make_problem(options: Options, journal: Journal, progress: Progress) -> Problem:
+    """The few images of each seed, and the network to start from."""
+    name, pools = _load(options)
+    pretrained = None if options.scratch else _pretrained(options, pools[0], journal, progress)
+    pool = pools[-1]
+    shape = pool.train.inputs.shape[1:]
+
+    def model(seed: int) -> nnx.Module:
+        network = _network(options.network, shape, pool.num_classes, seed)
+        if pretrained is not None:
+            checkpoints.fill(network, pretrained, but="head")
+        return network
+
+    @functools.cache
+    def split(seed: int) -> Split:
+        few, rest = data.few_shot(pool.train, options.per_class, seed)
+        return Split(few, data.part(rest, 0, options.validation_images), pool.test)
+
+    augment = augmentation.named(options.augment, pool.num_classes)
+
+    def batches(seed: int, first: int) -> Iterator[Examples]:
+        key = jax.random.fold_in(jax.random.key(seed), 1)
+        drawn = data.batches(split(seed).train, options.batch_size, seed, first)
+        return augmentation.batches(augment, key, drawn, first)
+
+    task = Task(model, batches, options.per_class * pool.num_classes)
+    return Problem(name, task, split, MLP_STRENGTHS if options.network == "mlp" else {})
+
+
+def caption(results: dict[str, Any]) -> str:
+    """What the table shows, in a few sentences."""
+    settings = results["settings"]
+    start = "A fresh network"
+    if not settings["scratch"]:
+        start = (
+            f"A network pretrained on the first half of the classes, {settings['pretraining_epochs']} epochs "
+            "of plain SGD, learns the others"
+        )
+    told = [settings["network"], results["data"]["name"]]
+    if settings["augment"] != "none":
+        told.append(f"images changed by {settings['augment']}")
+    return f"{start} ({', '.join(told)}). {comparison_table.caption(results)}"
+
+
+def _load(options: Options) -> tuple[str, list[Pool]]:
+    """The images of the classes to pretrain on, unless there are none, and of those to learn."""
+    name = "digits" if options.data is None else data.name(options.data)
+    train, test = _images(options.data, DIGITS_TRAIN)
+    number = int(train.labels.max()) + 1
+    if options.scratch:
+        return f"{name}-scratch", [Pool(train, test, number)]
+    halves = range(number // 2), range(number // 2, number)
+    return name, [
+        Pool(data.only_classes(train, half), data.only_classes(test, half), len(half)) for half in halves
+    ]
+
+
+@functools.cache
+def _images(source: str | None, num_digits: int) -> tuple[Examples, Examples]:
+    if source is None:
+        digits = data.digits(0, num_digits)
+        return digits.train, digits.test
+    train, test, _ = parquet.load_images(source)
+    return train, test
+
+
+def _network(name: NetworkName, shape: tuple[int, ...], num_classes: int, seed: int) -> nnx.Module:
+    rngs = nnx.Rngs(seed)
+    if name == "resnet18":
+        return models.resnet18(num_classes, channels=shape[2], rngs=rngs)
+    if name == "vit":
+        return models.ViT((shape[0], shape[1], shape[2]), num_classes, patch=max(2, shape[0] // 4), rngs=rngs)
+    if name == "mlp":
+        return models.MLP((math.prod(shape), MLP_WIDTH, MLP_WIDTH, num_classes), rngs=rngs)
+    stride = 1 if shape[0] < 16 else 2
+    return models.small_resnet(num_classes, channels=shape[2], stem_stride=stride, rngs=rngs)
+
+
+def _pretrained(options: Options, pool: Pool, journal: Journal, progress: Progress) -> dict[str, np.ndarray]:
+    """The arrays of a network that was trained plainly on the other classes."""
+    path = options.work / "pretrained.safetensors"
+    size = min(PRETRAINING_BATCH, len(pool.train.labels))
+    gradients = options.pretraining_epochs * len(pool.train.labels) // size
+    task = Task(
+        lambda seed: _network(options.network, pool.train.inputs.shape[1:], pool.num_classes, seed),
+        lambda seed, first: data.batches(pool.train, size, seed, first),
+        len(pool.train.labels),
+    )
+    settings = loop.Settings(gradients, PRETRAINING_RATE, PRETRAINING_DECAY, num_points=10)
+    shown = progress.add_task("pretraining", total=gradients)
+
+    def compute() -> dict[str, Any]:
+        trained = loop.train(
+            task,
+            METHODS["sgd"],
+            settings,
+            journal=journal,
+            advance=functools.partial(progress.advance, shown),
+        )
+        content = checkpoints.dump(trained.model)
+        write_files({path: content})
+        accuracy = comparison.accuracy(trained.model, pool.test)
+        progress.console.print(
+            f"pretraining: test {100 * accuracy:.1f} %, {trained.seconds:.0f} s", highlight=False
+        )
+        return {"test_accuracy": accuracy, "sha256": hashlib.sha256(content).hexdigest()}
+
+    result = journal.once("pretraining", compute)
+    progress.remove_task(shown)
+    content = read_file(path)
+    if hashlib.sha256(content).hexdigest() != result["sha256"]:
+        raise UserError(f"{path} is damaged; remove {options.work} to start over")
+    return safetensors.numpy.load(content)

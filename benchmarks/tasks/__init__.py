@@ -1,0 +1,1 @@
+"""What is learnt: data and their augmentation, networks, saved weights, attacks."""

@@ -1,0 +1,1 @@
+"""How we would train with this library: the methods, the loop, and what is measured of a network."""

@@ -1,0 +1,124 @@
+"""What is measured of a network: loss, accuracy, the curvature of the loss, slices of its surface.
+
+All of it in evaluation mode, without dropout and with batch normalization frozen, so that the loss is one
+function of the weights.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from benchmarks.tasks.data import Examples, Split
+from benchmarks.tasks.models import cross_entropy
+from nso_jax import curvature, noise
+
+SLICE_DISTANCES = {
+    "random": np.linspace(-0.5, 0.5, 21).tolist(),
+    "eigenvector": np.linspace(-0.1, 0.1, 21).tolist(),
+}
+
+
+class Network(NamedTuple):
+    """A network's weights, and the rest of its state (batch statistics, random streams)."""
+
+    params: nnx.State
+    rest: nnx.State
+
+
+class Gauge(NamedTuple):
+    """Compiled functions of params and a batch, the batch being examples with a network's `rest`."""
+
+    loss: Callable[[nnx.State, tuple[Examples, nnx.State]], jax.Array]
+    accuracy: Callable[[nnx.State, tuple[Examples, nnx.State]], jax.Array]
+
+
+def split_network(model: nnx.Module) -> tuple[nnx.GraphDef[Any], Network]:
+    """The model's structure in evaluation mode, and its state."""
+    model.eval()
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]  # flax types it so
+    return graphdef, Network(params, rest)
+
+
+def gauge(graphdef: nnx.GraphDef[Any]) -> Gauge:
+    """Functions for all networks of one structure: whatever the method and seed, they are compiled once."""
+
+    @jax.jit
+    def loss(params: nnx.State, batch: tuple[Examples, nnx.State]) -> jax.Array:
+        examples, rest = batch
+        return cross_entropy(nnx.merge(graphdef, params, rest), examples)
+
+    @jax.jit
+    def accuracy(params: nnx.State, batch: tuple[Examples, nnx.State]) -> jax.Array:
+        examples, rest = batch
+        logits = nnx.merge(graphdef, params, rest)(examples.inputs)
+        return jnp.mean(jnp.argmax(logits, axis=-1) == examples.labels)
+
+    return Gauge(loss, accuracy)
+
+
+def measure_point(gauge: Gauge, network: Network, split: Split, num_products: int) -> dict[str, float]:
+    """The figures followed over training: losses, test accuracy, the trace of the training loss's Hessian."""
+    params, rest = network
+    train, test, mislabelled = ((part, rest) for part in (split.train, split.test, split.mislabelled_test))
+    # The same probes for all networks, so that differences between them are less noisy than each.
+    trace = curvature.trace(jax.random.key(0), gauge.loss, params, train, num_products=num_products)
+    train_loss = float(gauge.loss(params, train))
+    return {
+        "test_accuracy": float(gauge.accuracy(params, test)),
+        "train_loss": train_loss,
+        "test_loss": float(gauge.loss(params, test)),
+        "loss_gap": float(gauge.loss(params, mislabelled)) - train_loss,
+        "trace": trace.value,
+        "trace_standard_error": trace.standard_error,
+    }
+
+
+def measure_surface(gauge: Gauge, network: Network, split: Split, seed: int) -> dict[str, Any]:
+    """The largest eigenvalue of the training loss's Hessian, and the losses along two lines.
+
+    One line follows a random direction in which each filter moves in proportion to its own size (after Li et
+    al., arXiv 1712.09913), biases and batch normalization staying; the other follows the top eigenvector.
+    """
+    params, rest = network
+    key = jax.random.fold_in(jax.random.key(0), seed)
+    pairs = curvature.eigenvalues(key, gauge.loss, params, (split.train, rest), k=1, tol=1e-3)
+    directions = {"random": _random_direction(key, params), "eigenvector": pairs.vectors[0]}
+    slices = {
+        name: {
+            part: _along(gauge, params, direction, SLICE_DISTANCES[name], (examples, rest))
+            for part, examples in (("train", split.train), ("test", split.test))
+        }
+        for name, direction in directions.items()
+    }
+    # An eigenvector has no sign: the steeper side goes to the right.
+    train = slices["eigenvector"]["train"]
+    if train[0] > train[-1]:
+        slices["eigenvector"] = {part: losses[::-1] for part, losses in slices["eigenvector"].items()}
+    return {
+        "largest_eigenvalue": float(pairs.values[0]),
+        "eigenvalue_residual": float(pairs.residuals[0]),
+        "slices": slices,
+    }
+
+
+@jax.jit
+def _random_direction(key: jax.Array, params: nnx.State) -> Any:
+    kernels = jax.tree.map(lambda w: w.ndim > 1, params)
+    return noise.perturbation(key, params, noise.relative(1.0, per="channel"), mask=kernels)
+
+
+_moved = jax.jit(noise.perturb)
+
+
+def _along(
+    gauge: Gauge,
+    params: nnx.State,
+    direction: Any,
+    distances: Sequence[float],
+    batch: tuple[Examples, nnx.State],
+) -> list[float]:
+    return [float(gauge.loss(_moved(params, direction, t), batch)) for t in distances]

@@ -1,0 +1,26 @@
+"""`precision` from the command line to the files, and the figures that the README tells."""
+
+import pytest
+
+from benchmarks.quality import precision, rounding
+
+
+def test_the_documented_shares_of_weights_that_do_not_move():
+    shares = rounding.still()
+    assert shares["bfloat16"]["0.0001"] == pytest.approx(0.6, abs=5e-4)
+    assert shares["bfloat16"]["0.001"] == pytest.approx(0.09, abs=5e-4)
+    assert max(shares["float32"].values()) < 1e-4
+
+
+@pytest.mark.slow
+def test_the_command_measures_every_mode_and_sigma(measured):
+    results = measured("precision", "--seeds", "1", "--steps", "30", "--draws", "4")
+    records = results["records"]
+    assert len(records) == len(precision.rows(results)) == len(rounding.MODES) * len(precision.TRAINED_SIGMAS)
+    for record in records:
+        assert record["error"] < (3 if "bfloat16" in record["mode"] else 0.3)
+        if record["sigma"]:
+            still = record["sigma"] == 1e-3 and "16" in record["mode"]
+            assert (record["still"] > 1) == still
+    assert all(record["error"] < 1e-2 for record in records if record["mode"] == "float32")
+    assert "| bfloat16 | 60.0 % | 9.0 % |" in precision.markdown(results)
