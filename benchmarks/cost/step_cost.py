@@ -38,15 +38,15 @@ COLOURS = {"JAX and optax": plots.ORANGE, "nso_jax": plots.BLUE, "PyTorch": "#99
 SHOWN = {
     "NSO / 2 gradients": Ratio("nso", 2, "plain-gradient"),
     "NSO / SAM": Ratio("nso", 1, "sam"),
-    "one-sided / plain": Ratio("one-sided", 1, "plain"),
+    "one side / plain": Ratio("one-sided", 1, "plain"),
     "its signs / plain": Ratio("one-sided-signs", 1, "plain"),
     "in parts / plain": Ratio("one-sided-parts", 1, "plain-parts"),
     "k=4 / 4 x k=1": Ratio("nso-k4", 4, "nso"),
-    "NSO / PyTorch NSO": Ratio("nso", 1, "torch-nso"),
 }
-COMPILING = "compile k=4 / k=1"
+COMPILING = "build k=4 / k=1"
 RATIOS = SHOWN | {
     "signs / 2 gradients": Ratio("nso-signs", 2, "plain-gradient"),
+    "NSO / PyTorch NSO": Ratio("nso", 1, "torch-nso"),
     "signs / SAM": Ratio("nso-signs", 1, "sam"),
     "NSO gradient / 2 gradients": Ratio("nso-gradient", 2, "plain-gradient"),
     "signs gradient / 2 gradients": Ratio("nso-signs-gradient", 2, "plain-gradient"),
@@ -116,9 +116,9 @@ def caption(results: dict[str, Any]) -> str:
         f"Medians of {' or '.join(map(str, counts))} repetitions, each of all steps of a case in turn, on "
         f"{machine['cpu_count']} CPU cores ({machine['device']}). A step: gradient and update, by SGD with "
         "momentum. NSO: k = 1, normal noise; signs: Rademacher noise. 2 gradients: twice a plain gradient, "
-        "without an update. One-sided: one draw, one gradient, normal noise or signs; in parts: with noise "
+        "without an update. One side: one draw, one gradient, normal noise or signs; in parts: with noise "
         "relative to the weights, of 4 microbatches, over a plain step of as many. SAM: that of optax. "
-        "Compile: by the first call of a step. "
+        "Build: by the first call of a step. "
     )
     if settings["torch"]:
         text += (

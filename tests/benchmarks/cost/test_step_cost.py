@@ -38,7 +38,7 @@ def test_step_cost_reports_every_step_and_ratio(tiny_steps, measured, capsys):
     left_out = TORCH_STEPS | {"nso-signs-k4"}
     gradients = {"plain-gradient", "nso-gradient", "nso-signs-gradient"}
     assert case["milliseconds"].keys() == (step_cost.LABELS.keys() - left_out) | gradients
-    assert case["ratios"].keys() >= {"one-sided / plain", "in parts / plain"}
+    assert case["ratios"].keys() >= {"one side / plain", "in parts / plain"}
     assert case["over_plain_step"]["plain"] == {"median": 1, "low": 1, "high": 1}
     for times in (case["milliseconds"], case["ratios"], results["noise"]["ratios"]):
         for value in times.values():
@@ -47,13 +47,12 @@ def test_step_cost_reports_every_step_and_ratio(tiny_steps, measured, capsys):
     assert step_cost.rows(results) == [
         [
             "MLP, batch 4",
-            *_cells(case, list(step_cost.SHOWN)[:-1]),
-            "-",
+            *_cells(case, step_cost.SHOWN),
             f"{compiling['nso-k4'] / compiling['nso']:.2f}",
         ],
     ]
-    shown = capsys.readouterr().out
-    assert all(word in shown for cell in step_cost.rows(results)[0] for word in cell.split())
+    shown = " ".join(capsys.readouterr().out.split())
+    assert all(cell in shown for cell in step_cost.rows(results)[0])
     assert "PyTorch is not installed" in shown
 
 
