@@ -70,7 +70,7 @@ ROOMS = {
                 "benchmarks.cost.communication", "bytes that devices exchange in a training step", 1, 8
             ),
             "pods": Study(
-                "benchmarks.cost.pods", "training steps on TPU pods, by the TPU's compiler", 45, compiles=True
+                "benchmarks.cost.pods", "training steps on TPU pods, by the TPU's compiler", 30, compiles=True
             ),
             "rivals": Study("benchmarks.cost.rivals", "what SAM, its family and penalties cost", 10),
         },
