@@ -391,8 +391,8 @@ def _over_plain(case: dict[str, Any], step: dict[str, Any]) -> dict[str, float]:
 
 
 PANELS: dict[str, Callable[[dict[str, Any], dict[str, Any]], float]] = {
-    "FLOPs / those of plain gradients": lambda case, step: _over_plain(case, step)["flops"],
-    "bytes accessed / those of plain ones": lambda case, step: _over_plain(case, step)["bytes_accessed"],
-    "bytes sent / a plain step's (log scale)": lambda case, step: _over_plain(case, step)["bytes_sent"],
+    "FLOPs / plain gradients": lambda case, step: _over_plain(case, step)["flops"],
+    "bytes accessed / plain gradients": lambda case, step: _over_plain(case, step)["bytes_accessed"],
+    "bytes sent / plain step (log scale)": lambda case, step: _over_plain(case, step)["bytes_sent"],
     "memory beyond plain / params": _more_memory,
 }
