@@ -13,12 +13,14 @@ class Study(NamedTuple):
         help: What it does.
         minutes: That it takes on two CPU cores, by default.
         devices: How many devices a CPU is to be split into; None leaves that to the user.
+        compiles: Whether it compiles for chips that are not there, so that JAX itself is to stay on the CPU.
     """
 
     module: str
     help: str
     minutes: int
     devices: int | None = None
+    compiles: bool = False
 
 
 class Room(NamedTuple):
@@ -67,6 +69,9 @@ ROOMS = {
             "communication": Study(
                 "benchmarks.cost.communication", "bytes that devices exchange in a training step", 1, 8
             ),
+            "pods": Study(
+                "benchmarks.cost.pods", "training steps on TPU pods, by the TPU's compiler", 30, compiles=True
+            ),
             "rivals": Study("benchmarks.cost.rivals", "what SAM, its family and penalties cost", 10),
         },
     ),
@@ -100,6 +105,8 @@ def load(name: str) -> Any:
     flag, flags = "--xla_force_host_platform_device_count", os.environ.get("XLA_FLAGS", "")
     if (devices := STUDIES[name].devices) and flag not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {flag}={devices}".strip()
+    if STUDIES[name].compiles:
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
     return module(name)
 
 

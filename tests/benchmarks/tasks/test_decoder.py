@@ -1,0 +1,91 @@
+"""A decoder-only Transformer: its sizes and identities."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks.tasks import decoder
+from benchmarks.tasks.decoder import Batch
+
+TINY = decoder.Size(layers=2, width=32, heads=4, kv_heads=2, hidden=64, vocabulary=64)
+EXAMPLES, LENGTH = 8, 16
+
+
+@pytest.fixture(scope="module")
+def params():
+    return decoder.init(jax.random.key(0), TINY)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return Batch(*jax.random.randint(jax.random.key(1), (2, EXAMPLES, LENGTH), 0, TINY.vocabulary))
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("160M", 162_417_408),
+        ("1.3B", 1_345_423_360),
+        ("7B", 6_738_415_616),
+        ("34B", 33_743_970_304),
+        ("70B", 68_976_648_192),
+    ],
+)
+def test_sizes_are_the_published_ones(name, count):
+    shapes = jax.eval_shape(lambda: decoder.init(jax.random.key(0), decoder.SIZES[name]))
+    assert sum(w.size for w in jax.tree.leaves(shapes)) == count
+
+
+def test_without_a_head_all_tokens_are_as_likely(params, batch):
+    value = decoder.loss(params | {"head": jnp.zeros_like(params["head"])}, batch, size=TINY)
+    assert float(value) == pytest.approx(np.log(TINY.vocabulary), rel=1e-6)
+
+
+@pytest.mark.parametrize("place", [0, LENGTH - 1])
+def test_a_token_is_predicted_from_those_before_it_alone(params, batch, place):
+    """The price of another target at a place: whether it depends on what is read later."""
+
+    def price(inputs):
+        other = batch.targets.at[:, place].add(1) % TINY.vocabulary
+        losses = [
+            decoder.loss(params, Batch(inputs, y), size=TINY, dtype=jnp.float32)
+            for y in (batch.targets, other)
+        ]
+        return float(losses[1] - losses[0])
+
+    changed = batch.inputs.at[:, 1:].add(1) % TINY.vocabulary
+    same = price(changed) == pytest.approx(price(batch.inputs), rel=1e-3)
+    assert same == (place == 0)
+
+
+def test_turned_queries_and_keys_know_their_distance_alone():
+    query, key = jax.random.normal(jax.random.key(0), (2, 8))
+    turned = [decoder._rotated(jnp.broadcast_to(x, (1, LENGTH, 1, 8)))[0, :, 0] for x in (query, key)]
+    products = turned[0] @ turned[1].T
+    for distance in range(LENGTH):
+        np.testing.assert_allclose(jnp.diagonal(products, distance), products[0, distance], atol=1e-5)
+    np.testing.assert_allclose(products[0, 0], query @ key, rtol=1e-5)
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_sharded_and_whole_params_give_one_gradient(params, batch, tensor):
+    mesh = _mesh(jax.devices()[:8], tensor)
+    specs = decoder.partition(params, "data", "tensor")
+    placed = jax.tree.map(lambda w, spec: jax.device_put(w, jax.NamedSharding(mesh, spec)), params, specs)
+    assert {w.sharding.num_devices for w in jax.tree.leaves(placed)} == {8}
+    split = jax.NamedSharding(mesh, jax.P("data"))
+    loss = functools.partial(decoder.loss, size=TINY, dtype=jnp.float32)
+    whole = jax.jit(jax.value_and_grad(loss))(params, batch)
+    sharded = jax.jit(jax.value_and_grad(functools.partial(loss, sharding=split)))(
+        placed, jax.device_put(batch, split)
+    )
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), sharded, whole)
+
+
+def _mesh(devices, tensor):
+    auto = (jax.sharding.AxisType.Auto,) * 2
+    return jax.make_mesh((8 // tensor, tensor), ("data", "tensor"), axis_types=auto, devices=devices)
