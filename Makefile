@@ -27,7 +27,7 @@ test: say-test lint models
 	XLA_FLAGS="$$flags" $(BIN)/python -c 'import jax; jax.devices()' 2>/dev/null || flags="$(DEVICES)"; \
 	XLA_FLAGS="$$flags" $(PYTEST) $(PARALLEL) -m "not timing and not slow"
 
-test-all: say-test-all test-slow test-oldest test-newest
+test-all: say-test-all test-slow test-compilers test-oldest test-newest
 
 # The slow marker's tests, what compares times (alone, on one device as users have it), and the notebooks.
 test-slow: say-test-slow models

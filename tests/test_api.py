@@ -213,10 +213,7 @@ ORDER = ["Summary", "Args", "Returns", "Warns", "Raises", "Example", "References
 
 # Functions that come from no publication.
 WITHOUT_SOURCE = {
-    *(
-        f"noise.{name}"
-        for name in ("cauchy", "centered_binomial", "laplace", "normal", "rademacher", "uniform")
-    ),
+    *(f"noise.{name}" for name in ("cauchy", "centered_binomial", "laplace", "rademacher", "uniform")),
     *("noise.perturb", "noise.perturbation"),
     *("parallel.microbatch", "parallel.value_and_grad", "nnx.microbatch"),
 }

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import jax
 import pytest
-from test_api import PUBLIC
+
+from tests.test_api import PUBLIC
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"

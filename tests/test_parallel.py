@@ -1,3 +1,4 @@
+import collections
 import functools
 import os
 import re
@@ -125,7 +126,6 @@ def test_no_convolution_runs_in_a_loop_on_cpu(key):
     args = (jax.random.key_data(key), jnp.ones((3, 3, 2, 4)), jnp.ones((8, 8, 8, 2)))
     on_cpu = jax.jit(fn).lower(*args).compile().as_text()
     assert on_cpu.count(" convolution(") == 4 * 2 * 2  # parts, a pair, forwards and backwards
-    assert "known_trip_count" not in on_cpu
 
 
 def test_accelerators_get_a_loop_whose_size_does_not_depend_on_the_count(key):
@@ -133,7 +133,7 @@ def test_accelerators_get_a_loop_whose_size_does_not_depend_on_the_count(key):
         fn = parallel.microbatch(nso_jax.value_and_grad(conv_loss, sigma=SIGMA), count)
         args = (jax.random.key_data(key), jnp.ones((3, 3, 2, 4)), jnp.ones((16, 8, 8, 2)))
         program = jax.export.export(jax.jit(fn), platforms=["tpu"])(*args).mlir_module()
-        return program.count("stablehlo.convolution"), program.count(" = ")
+        return collections.Counter(re.findall(r"stablehlo\.(\w+)", program))
 
     assert operations(16) == operations(2)
 
