@@ -147,7 +147,8 @@ def plot(results: dict[str, Any]) -> bytes:
     for panel, (title, times) in zip(panels, cases, strict=False):
         for library, labels in LIBRARIES.items():
             ratios = {shown.index(step): times[step] for step in labels if step in times}
-            plots.bars(panel, ratios, ".1f", color=COLOURS[library], label=library)
+            if ratios:
+                plots.bars(panel, ratios, ".1f", color=COLOURS[library], label=library)
         for step in set(shown) - times.keys():
             panel.text(0.1, shown.index(step), "not measured", va="center", fontsize="small")
         panel.set(title=title)
