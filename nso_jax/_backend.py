@@ -113,30 +113,31 @@ def in_each_step(params: PyTree, keys: jax.Array) -> tuple[PyTree, jax.Array]:
 
 
 def drawn_again(
-    draw: Callable[[jax.Array], PyTree], keys: jax.Array, u: PyTree, params: PyTree, after: PyTree
+    draw: Callable[[PyTree, jax.Array], PyTree], params: PyTree, keys: jax.Array, u: PyTree, after: PyTree
 ) -> tuple[PyTree, PyTree, PyTree]:
-    """The noise, the params and `after`, none of which is used before `after` is known.
+    """The params, the noise and `after`, none of which is used before `after` is known.
 
     On CPU the noise is kept. Elsewhere it is drawn again, which takes about as long as to read it, so that it
     is not in memory beside a gradient's; and the params are others to XLA, as `in_each_step`.
 
     Args:
-      draw: what makes noise of PRNG keys.
+      draw: what makes noise for params of PRNG keys.
+      params: what the noise is added to.
       keys: those that it was drawn with.
-      u: `draw(keys)`.
-      params: what it is added to.
+      u: `draw(params, keys)`.
       after: a pytree of arrays.
     """
 
-    def kept(_: jax.Array, u: PyTree, params: PyTree, after: PyTree) -> tuple[PyTree, PyTree, PyTree]:
+    def kept(params: PyTree, _: jax.Array, u: PyTree, after: PyTree) -> tuple[PyTree, PyTree, PyTree]:
         u, after = barrier((u, after), keys[0])
-        return u, params, after
+        return params, u, after
 
-    def again(keys: jax.Array, _: PyTree, params: PyTree, after: PyTree) -> tuple[PyTree, PyTree, PyTree]:
-        data, params, after = barrier((jax.random.key_data(keys), params, after), keys[0])
-        return draw(jax.random.wrap_key_data(data, impl=jax.random.key_impl(keys))), params, after
+    def again(params: PyTree, keys: jax.Array, _: PyTree, after: PyTree) -> tuple[PyTree, PyTree, PyTree]:
+        params, data, after = barrier((params, jax.random.key_data(keys), after), keys[0])
+        keys = jax.random.wrap_key_data(data, impl=jax.random.key_impl(keys))
+        return params, draw(params, keys), after
 
-    return jax.lax.platform_dependent(keys, u, params, after, cpu=kept, default=again)
+    return jax.lax.platform_dependent(params, keys, u, after, cpu=kept, default=again)
 
 
 def computed_once(tree: PyTree, key: jax.Array) -> PyTree:
@@ -206,7 +207,7 @@ def _in_line(tree: PyTree, _: jax.Array) -> PyTree:
     def by_axes(numbers: list[jax.Array]) -> list[jax.Array]:
         manual = jax.sharding.get_abstract_mesh().manual_axes
         axes = [tuple(axis for axis in manual if varies(x, axis)) for x in numbers]
-        for kind in set(axes):
+        for kind in dict.fromkeys(axes):  # in one order in all processes
             alike = [i for i, of_array in enumerate(axes) if of_array == kind]
             for i, x in zip(alike, jax.lax.optimization_barrier([numbers[i] for i in alike]), strict=True):
                 numbers[i] = x

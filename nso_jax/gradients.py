@@ -236,9 +236,9 @@ def mean_over_draws(
     keys = jax.random.split(key, num_samples)
     size = min(chunk_size or 1, num_samples)
 
-    def draw(keys: jax.Array) -> PyTree:
+    def draw(center: PyTree, keys: jax.Array) -> PyTree:
         def one(key: jax.Array) -> PyTree:
-            return noise.perturbation(key, params, sigma, sampler=sampler, mask=mask, specs=specs)
+            return noise.perturbation(key, center, sigma, sampler=sampler, mask=mask, specs=specs)
 
         return _over_draws(one, len(keys))(keys)
 
@@ -255,12 +255,12 @@ def mean_over_draws(
         """As `add`, for both sides of the draws first, ..., first + size - 1."""
         draws = first + jnp.arange(size, dtype=jnp.int32)
         center, of_draws = _backend.in_each_step(params, jax.lax.dynamic_slice_in_dim(keys, first, size))
-        u = draw(of_draws)
+        u = draw(center, of_draws)
         if not antithetic:
             return add(total, center, u, 1, draws)
         u = _backend.computed_once(u, key)
         total, kept = add(total, center, u, 1, 2 * draws)
-        u, center, total = _backend.drawn_again(draw, of_draws, u, center, after=total)
+        center, u, total = _backend.drawn_again(draw, center, of_draws, u, after=total)
         total, other = add(total, center, u, -1, 2 * draws + 1)
         return total, jax.tree.map(lambda *sides: _merge_axes(jnp.stack(sides, axis=1)), kept, other)
 
