@@ -413,7 +413,7 @@ def _unravel(vector: jax.Array, params: Any, flags: tuple[bool, ...]) -> Any:
 @functools.partial(jax.jit, static_argnums=1)
 def _signs(key: jax.Array, size: int) -> jax.Array:
     # In whole words of 32, which one draw of random bits fills.
-    return noise.rademacher(key, (-(-size // 32), 32), jnp.float32).ravel()[:size]
+    return noise.rademacher(key, (32 * -(-size // 32),), jnp.float32)[:size]
 
 
 @jax.jit
