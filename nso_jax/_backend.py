@@ -94,7 +94,7 @@ def barrier(tree: PyTree, key: jax.Array) -> PyTree:
       key: a PRNG key that the program gets from outside: XLA:CPU drops barriers before it schedules, but
         takes nothing through a loop that runs, for all that it knows, unless a number of the key is infinite.
     """
-    return _barrier(tree, _never(key))
+    return _passed(_in_line, tree, _never(jax.random.key_data(key)))
 
 
 def in_each_step(params: PyTree, keys: jax.Array) -> tuple[PyTree, jax.Array]:
@@ -103,13 +103,9 @@ def in_each_step(params: PyTree, keys: jax.Array) -> tuple[PyTree, jax.Array]:
     But on CPU, these are other params to XLA in each step. What it knows of a weight, such as whether it is
     finite, it would else find out before the loop and keep for all steps.
     """
-
-    def behind_barrier(params: PyTree, data: jax.Array) -> tuple[PyTree, jax.Array]:
-        return barrier((params, data), keys[0])
-
-    data = jax.random.key_data(keys)
-    params, data = jax.lax.platform_dependent(params, data, cpu=lambda *both: both, default=behind_barrier)
-    return params, jax.random.wrap_key_data(data, impl=jax.random.key_impl(keys))
+    return jax.lax.platform_dependent(
+        params, keys, cpu=lambda *both: both, default=lambda *both: barrier(both, keys[0])
+    )
 
 
 def drawn_again(
@@ -133,8 +129,7 @@ def drawn_again(
         return params, u, after
 
     def again(params: PyTree, keys: jax.Array, _: PyTree, after: PyTree) -> tuple[PyTree, PyTree, PyTree]:
-        params, data, after = barrier((params, jax.random.key_data(keys), after), keys[0])
-        keys = jax.random.wrap_key_data(data, impl=jax.random.key_impl(keys))
+        params, keys, after = barrier((params, keys, after), keys[0])
         return params, draw(params, keys), after
 
     return jax.lax.platform_dependent(params, keys, u, after, cpu=kept, default=again)
@@ -151,7 +146,7 @@ def computed_once(tree: PyTree, key: jax.Array) -> PyTree:
       tree: a pytree of arrays.
       key: as for `barrier`.
     """
-    return _computed_once(tree, _never(key))
+    return _passed(_unchanged, tree, _never(jax.random.key_data(key)))
 
 
 def is_on_cpu(tree: PyTree) -> bool:
@@ -160,9 +155,9 @@ def is_on_cpu(tree: PyTree) -> bool:
     return {device.platform for device in devices} <= {"cpu"}
 
 
-def _never(key: jax.Array) -> jax.Array:
+def _never(key_data: jax.Array) -> jax.Array:
     """False; but XLA cannot know that no 32-bit word of a key is above infinity."""
-    return jnp.ravel(jax.random.key_data(key))[0].astype(jnp.float32) > math.inf
+    return jnp.ravel(key_data)[0].astype(jnp.float32) > math.inf
 
 
 def _is_traced() -> bool:
@@ -180,15 +175,19 @@ def _one_by_one(
     return carry, jax.tree.map(lambda *xs: jnp.stack(xs), *outs)
 
 
-def _is_number(x: Any) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.number)
-
-
 def _on_numbers(fun: Callable[[list[jax.Array]], list[jax.Array]], tree: PyTree) -> PyTree:
-    """`tree`, with what `fun` makes of those of its arrays that hold numbers."""
+    """`tree`, with what `fun` makes of those of its arrays that hold numbers, or PRNG keys."""
     leaves, treedef = jax.tree.flatten(tree)
-    numbers = iter(fun([x for x in leaves if _is_number(x)]))
-    return jax.tree.unflatten(treedef, [next(numbers) if _is_number(x) else x for x in leaves])
+    chosen = [i for i, x in enumerate(leaves) if _is_key(x) or jnp.issubdtype(x.dtype, jnp.number)]
+    numbers = fun([jax.random.key_data(leaves[i]) if _is_key(leaves[i]) else leaves[i] for i in chosen])
+    for i, x in zip(chosen, numbers, strict=True):
+        key = leaves[i]
+        leaves[i] = jax.random.wrap_key_data(x, impl=jax.random.key_impl(key)) if _is_key(key) else x
+    return jax.tree.unflatten(treedef, leaves)
+
+
+def _is_key(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 @jax.jit
@@ -216,24 +215,19 @@ def _in_line(tree: PyTree, _: jax.Array) -> PyTree:
     return _on_numbers(by_axes, tree)
 
 
-@jax.custom_jvp
-def _barrier(tree: PyTree, never: jax.Array) -> PyTree:
-    return jax.lax.platform_dependent(tree, never, cpu=_through_loop, default=_in_line)
+def _unchanged(tree: PyTree, _: jax.Array) -> PyTree:
+    return tree
 
 
-@jax.custom_jvp
-def _computed_once(tree: PyTree, never: jax.Array) -> PyTree:
-    return jax.lax.platform_dependent(tree, never, cpu=_through_loop, default=lambda tree, _: tree)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _passed(elsewhere: Callable[[PyTree, jax.Array], PyTree], tree: PyTree, never: jax.Array) -> PyTree:
+    """`tree`, through a loop on CPU and `elsewhere` elsewhere."""
+    return jax.lax.platform_dependent(tree, never, cpu=_through_loop, default=elsewhere)
 
 
-@_barrier.defjvp
-def _barrier_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[PyTree, PyTree]:
-    return _barrier(*primals), tangents[0]
-
-
-@_computed_once.defjvp
-def _computed_once_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[PyTree, PyTree]:
-    return _computed_once(*primals), tangents[0]
+@_passed.defjvp
+def _passed_jvp(elsewhere: Any, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[PyTree, PyTree]:
+    return _passed(elsewhere, *primals), tangents[0]
 
 
 def with_fast_bits(key: jax.Array) -> jax.Array:
@@ -241,8 +235,8 @@ def with_fast_bits(key: jax.Array) -> jax.Array:
 
     On CPU JAX compiles the rounds of Threefry as a loop over whole arrays, each of which goes through memory
     twenty times; unrolled they are one pass. For some millions of normal numbers that is 3 to 8 times faster.
-    The words are an array of their own: one loop for them and the inverse error function takes half as long
-    again as two.
+    The words are an array of their own: one loop for them and for what is made of them, such as the inverse
+    error function, takes half as long again as two.
     """
     if not _counts(key, ()):
         return key
@@ -290,7 +284,7 @@ def _random_bits(key_data: jax.Array, bit_width: int, shape: tuple[int, ...]) ->
 
     def unrolled(key_data: jax.Array) -> jax.Array:
         words = _threefry(key_data, jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape))
-        return _through_loop(words, key_data[0].astype(jnp.float32) > math.inf)
+        return _through_loop(words, _never(key_data))
 
     if bit_width != 32 or math.prod(shape) >= 2**32:  # noqa: PLR2004
         return of_jax(key_data)

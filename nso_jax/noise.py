@@ -478,9 +478,8 @@ def _shared_words(key: jax.Array, shape: tuple[int, ...], count: int) -> tuple[j
     the one with the most factors of 2, and the last one last, along which TPUs have to move what is divided.
     """
     lanes, free = [1] * len(shape), count
-    for axis in sorted(range(len(shape)), key=lambda i: (i + 1 < len(shape), math.gcd(shape[i], count)))[
-        ::-1
-    ]:
+    ranks = [(axis + 1 < len(shape), math.gcd(size, count), axis) for axis, size in enumerate(shape)]
+    for *_, axis in sorted(ranks, reverse=True):
         lanes[axis] = math.gcd(shape[axis], free)
         free //= lanes[axis]
     number, stride = jnp.zeros((1,) * len(shape), jnp.uint32), 1

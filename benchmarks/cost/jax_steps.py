@@ -76,21 +76,22 @@ def step_calls(case: Case) -> tuple[int, dict[str, Call]]:
     loss, params = pure_loss(model)
     num_weights = sum(w.size for w in jax.tree.leaves(params))
     calls = _jax_calls(loss, params, batch, case.without)
-    network, device = type(model).__name__, timing.torch_device()
-    if device and network != "StridedConvNet":
+    if device := timing.torch_device():
         from benchmarks.cost import torch_steps  # noqa: PLC0415
 
-        torch_weights, rivals = torch_steps.steps(
-            network,
-            batch,
-            device,
-            sigma=SIGMA,
-            rho=RHO,
-            learning_rate=LEARNING_RATE,
-            momentum=MOMENTUM,
-        )
-        assert torch_weights == num_weights, f"{torch_weights} weights in PyTorch, {num_weights} in JAX"  # noqa: S101
-        calls |= rivals
+        network = type(model).__name__
+        if network in torch_steps.MODELS:
+            torch_weights, rivals = torch_steps.steps(
+                network,
+                batch,
+                device,
+                sigma=SIGMA,
+                rho=RHO,
+                learning_rate=LEARNING_RATE,
+                momentum=MOMENTUM,
+            )
+            assert torch_weights == num_weights, f"{torch_weights} weights in PyTorch, {num_weights} in JAX"  # noqa: S101
+            calls |= rivals
     return num_weights, calls
 
 

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from rich.progress import Progress
 
 import nso_jax
+from benchmarks.cost import compilers
 from benchmarks.kit import plots
 from benchmarks.kit.options import Output
 from benchmarks.tasks.data import Examples
@@ -126,11 +127,6 @@ def plot(results: dict[str, Any]) -> bytes:
     return plots.finish(figure, panels[0], columns=2)
 
 
-def temp_bytes(program: jax.stages.Compiled) -> int:
-    """The temporary memory that a program takes while it runs, as XLA states it."""
-    return program.memory_analysis().temp_size_in_bytes  # type: ignore[union-attr]  # None where XLA does not say
-
-
 def _chunks(num_samples: int) -> list[int]:
     """The chunk sizes that are compared: 1 and all draws."""
     return [1, num_samples] if 1 < num_samples <= MOST_AT_ONCE else [1]
@@ -164,7 +160,7 @@ def _measure(
 
 
 def _gradient_bytes(fun: Callable[..., Any], *args: Any) -> int:
-    return temp_bytes(jax.jit(fun).lower(*args).compile())
+    return compilers.memory(jax.jit(fun).lower(*args).compile()).temp
 
 
 def _extra(case: dict[str, Any], sampler: str, num_samples: int, chunk_size: int) -> float | None:

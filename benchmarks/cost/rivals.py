@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from rich.progress import Progress
 
 import nso_jax
-from benchmarks.cost import memory
+from benchmarks.cost import compilers
 from benchmarks.kit import plots, tables, timing
 from benchmarks.kit.options import Count, Output
 from benchmarks.kit.timing import Ratio
@@ -183,7 +183,7 @@ def _measure(case: Case, repetitions: int, advance: Callable[[], None]) -> dict[
     programs = {
         name: jax.jit(rival.gradient(problem)).lower(*arguments).compile() for name, rival in RIVALS.items()
     }
-    temp_bytes = {name: memory.temp_bytes(program) for name, program in programs.items()}
+    temp_bytes = {name: compilers.memory(program).temp for name, program in programs.items()}
     calls = {name: functools.partial(program, *arguments) for name, program in programs.items()}
     seconds = timing.interleaved(calls, repetitions, advance)
     over_plain = timing.ratios(seconds, {name: Ratio(name, 1, "plain") for name in RIVALS})

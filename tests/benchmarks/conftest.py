@@ -36,6 +36,32 @@ def run(folder, name, *words):
     return results
 
 
+def assert_shown(study, results):
+    """A table without gaps, whose rows the first two cells tell apart, and a picture of a fair size."""
+    rows = study.rows(results)
+    assert all(len(row) == len(study.HEADERS) and all(isinstance(cell, str) for cell in row) for row in rows)
+    assert len({(row[0], row[1]) for row in rows}) == len(rows)
+    assert "nan" not in study.caption(results)
+    picture = study.plot(results)
+    assert picture.startswith(b"\x89PNG")
+    assert len(picture) < 150_000
+
+
+@pytest.fixture
+def told_of_a_mistake(tmp_path, capsys):
+    """`told_of_a_mistake("robustness", "--data", ...)` is the one line that a command ends with."""
+
+    def told(name, *words):
+        assert cli.main([name, *words, "--out", str(tmp_path / "out")]) == 2
+        line = capsys.readouterr().err
+        assert line.startswith(f"python -m benchmarks {name}: ")
+        assert line.count("\n") == 1
+        assert not (tmp_path / "out").exists()
+        return line
+
+    return told
+
+
 @pytest.fixture
 def measured(tmp_path):
     """`measured("rivals", "--cases", "mlp")` are a command's results, after checks of its files."""

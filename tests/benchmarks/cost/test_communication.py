@@ -7,6 +7,7 @@ import pytest
 from rich.progress import Progress
 
 from benchmarks.cost import communication
+from tests.benchmarks.conftest import assert_shown
 
 pytestmark = pytest.mark.usefixtures("as_strict_as_the_library")
 
@@ -55,12 +56,4 @@ def test_noise_for_sharded_params_adds_nothing_to_what_is_sent(sent):
 
 
 def test_table_and_picture_show_the_figures(sent):
-    rows = communication.rows(sent)
-    assert all(
-        len(row) == len(communication.HEADERS) and all(isinstance(cell, str) for cell in row) for row in rows
-    )
-    assert len({(row[0], row[1]) for row in rows}) == len(rows)
-    assert "nan" not in communication.caption(sent)
-    picture = communication.plot(sent)
-    assert picture.startswith(b"\x89PNG")
-    assert len(picture) < 150_000
+    assert_shown(communication, sent)

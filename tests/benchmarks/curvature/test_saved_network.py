@@ -204,16 +204,11 @@ def test_a_missing_file_is_told_in_one_line(tmp_path):
         (["--model", "{folder}"], "cannot read {folder}: Is a directory"),
     ],
 )
-def test_mistakes_are_told_in_one_line(arguments, message, network, tmp_path, capsys):
+def test_mistakes_are_told_in_one_line(arguments, message, network, tmp_path, told_of_a_mistake):
     network.dense2.bias[...] = np.nan
     (tmp_path / "nan").write_bytes(checkpoints.save(network, METADATA))
     given = [word.format(folder=tmp_path) for word in arguments]
-    assert cli.main(["curvature", *given, "--out", str(tmp_path / "out")]) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("python -m benchmarks curvature: ")
-    assert message.format(folder=tmp_path) in told
-    assert told.count("\n") == 1
-    assert not (tmp_path / "out").exists()
+    assert message.format(folder=tmp_path) in told_of_a_mistake("curvature", *given)
 
 
 def test_the_default_network_is_the_published_one():

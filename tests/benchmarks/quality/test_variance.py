@@ -6,6 +6,7 @@ import pytest
 from rich.progress import Progress
 
 from benchmarks.quality import gradient_variance, microbatch_training, variance
+from tests.benchmarks.conftest import assert_shown
 
 pytestmark = pytest.mark.usefixtures("as_strict_as_the_library")
 
@@ -52,12 +53,4 @@ def test_the_strength_with_the_best_validation_accuracy_is_chosen(varied):
 
 
 def test_table_and_picture_show_the_figures(varied):
-    rows = variance.rows(varied)
-    assert all(
-        len(row) == len(variance.HEADERS) and all(isinstance(cell, str) for cell in row) for row in rows
-    )
-    assert len({(row[0], row[1]) for row in rows}) == len(rows)
-    assert "nan" not in variance.caption(varied)
-    picture = variance.plot(varied)
-    assert picture.startswith(b"\x89PNG")
-    assert len(picture) < 150_000
+    assert_shown(variance, varied)
