@@ -112,14 +112,15 @@ def test_programs_are_those_of_the_platform_that_they_are_exported_for(loss, pla
         fn = jax.jit(nso_jax.value_and_grad(loss, sigma=0.1, num_samples=num_samples))
         args = jax.random.key_data(jax.random.key(0)), jnp.ones((3, 3, 2, 4)), jnp.ones((4, 8, 8, 2))
         program = jax.export.export(fn, platforms=[platform])(*args).mlir_module()
-        return collections.Counter(re.findall(r"stablehlo\.(\w+)", program))
+        return collections.Counter(re.findall(r"stablehlo\.(?!constant)(\w+)", program))
 
     few, many = operations(4), operations(8)
     assert few["while"] > 0
     assert (few["optimization_barrier"] > 0) == (platform != "cpu")
     if platform == "cpu" and loss is conv_loss:
-        assert few["tanh"] == many["tanh"]  # in a function that is called once for each draw
-        assert many["slice"] == few["slice"] + 4
+        # Unrolled: each step is a call of one function or, since JAX 0.12, written out.
+        assert few["slice"] < many["slice"]
+        assert many["tanh"] in {few["tanh"], 2 * few["tanh"]}
     else:
         assert few == many
 
