@@ -240,25 +240,6 @@ def test_trace_through_a_custom_vjp_eagerly_and_under_vmap(key):
     np.testing.assert_allclose(jax.vmap(estimate)(jnp.eye(3)), [6, 6, 6], rtol=1e-6)
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
-def test_trace_through_a_custom_vjp_is_each_devices_own(key, check_vma):
-    """By weights that the devices share, JAX sums gradients over devices."""
-    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    x, w = jnp.linspace(-1, 1, 8), jnp.array([0.3, -0.5])
-
-    def mean_trace(tanh):
-        def local(w, x):
-            loss = lambda w: jnp.mean((tanh(x[:, None] * w[None]) - 1) ** 2)  # noqa: E731
-            return jax.lax.pmean(penalties.hessian_trace(key, loss, w), "data")
-
-        specs = {"in_specs": (jax.P(), jax.P("data")), "out_specs": jax.P(), "check_vma": check_vma}
-        return jax.jit(jax.value_and_grad(lambda w: jax.shard_map(local, mesh=mesh, **specs)(w, x)))(w)
-
-    (value, grads), (expected, expected_grads) = mean_trace(backward_only(jnp.tanh)), mean_trace(jnp.tanh)
-    np.testing.assert_allclose(value, expected, rtol=1e-5)
-    np.testing.assert_allclose(grads, expected_grads, rtol=1e-5)
-
-
 def test_error_where_a_backward_rule_has_no_derivative(key):
     def kernel(x, g):
         return jax.pure_callback(

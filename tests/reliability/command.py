@@ -24,7 +24,7 @@ PROPERTIES = {
         "random trees, dtypes, shapes, prefixes and options, valid and not, against the exact identities",
     ),
     "random meshes": (
-        "test_meshes.py",
+        "devices/test_meshes.py",
         (
             "1 to 8 devices, losses with and without collectives, masks, metrics, dropout, microbatches, in "
             "shard_map with and without check_vma, pmap, vmap and on meshes, for value_and_grad, the rivals, "
