@@ -24,10 +24,17 @@ demo: $(or $(wildcard $(READY)),.venv/demo-ready)
 COMPILER := --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 \
 	--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true
 
+FAST = XLA_FLAGS="$(COMPILER)" $(BIN)/python -c 'import jax; jax.devices()' 2>/dev/null && export XLA_FLAGS="$(COMPILER)";
+
 # Every module and public name, each by its quicker tests; `make test-all` has the others.
 test: say-test lint models
-	@XLA_FLAGS="$(COMPILER)" $(BIN)/python -c 'import jax; jax.devices()' 2>/dev/null && export XLA_FLAGS="$(COMPILER)"; \
-	$(call both,$(PYTEST) $(QUICKER))
+	@$(FAST) $(call both,$(PYTEST) $(QUICKER))
+
+# The lines and branches of nso_jax that these tests reach.
+coverage: say-coverage models
+	$(BIN)/python -m coverage erase
+	@$(FAST) $(call both,$(PYTEST) $(QUICKER) --cov --cov-append --cov-report=)
+	$(BIN)/python -m coverage report
 
 test-all: say-test-all test-slow test-compilers test-oldest test-newest
 
@@ -60,6 +67,7 @@ say-%:
 	@echo 'make $*: $(SAY_$*)'
 
 SAY_test := lint, types, the quicker tests of every module, doctests, the code of the README and of docs; 8 minutes.
+SAY_coverage := what the quicker tests reach of the library; 9 minutes.
 SAY_test-all := slow tests, faults, timing, notebooks; then quicker tests on the oldest and newest versions; 30 minutes.
 SAY_test-slow := slow tests, faults, benchmark commands, timing, notebooks; 15 minutes.
 SAY_test-oldest := the quicker tests on the oldest versions; 8 minutes.
@@ -67,7 +75,7 @@ SAY_test-compilers := training steps, compiled for 8 TPU chips and for 8 GPUs; 5
 SAY_test-newest := the quicker tests on the newest versions and the newest Python; 8 minutes.
 
 nightly: $(READY)
-	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/test_properties.py tests/devices/test_meshes.py
+	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/test_properties.py tests/test_bad_input.py tests/devices/test_meshes.py
 
 reliability: $(READY)
 	$(BIN)/python -m benchmarks reliability
@@ -126,4 +134,4 @@ $(READY): pyproject.toml nso_jax/__init__.py
 	touch $@
 
 clean:
-	rm -rf .venv .venv-compilers .venv-docs .venv-oldest .venv-newest docs/_build docs/notebooks docs/_static/tex-svg.js runs dist .jax_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-compilers .venv-docs .venv-oldest .venv-newest docs/_build docs/notebooks docs/_static/tex-svg.js runs dist .coverage .jax_cache .mypy_cache .pytest_cache .ruff_cache

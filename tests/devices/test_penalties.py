@@ -5,7 +5,7 @@ import pytest
 
 from nso_jax import penalties
 from tests.devices.meshes import P, mesh_of
-from tests.test_penalties import backward_only
+from tests.networks import backward_only
 
 
 @pytest.mark.parametrize("check_vma", [True, False])

@@ -20,8 +20,9 @@ from tests.devices.meshes import (
     quartic,
     quartic_and_sum,
 )
+from tests.test_bsam import BAYES
 from tests.test_parallel import mean_of
-from tests.test_sharpness import BAYES, METHODS, RHO
+from tests.test_sharpness import METHODS, RHO
 
 
 @pytest.fixture(params=METHODS)
