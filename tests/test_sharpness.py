@@ -199,14 +199,10 @@ def test_masked_leaves_do_not_move_and_do_not_count(key, method, mask):
     assert np.all(grads["b"] > jax.grad(coupled)(params)["b"])  # at the ascended w
 
 
-def test_nothing_masked_in_is_the_plain_gradient(key, method):
+@pytest.mark.parametrize("options", [{"rho": 0.0}, {"rho": RHO, "mask": False}])
+def test_without_a_radius_or_a_leaf_to_move_it_is_the_plain_gradient(key, method, options):
     w = jnp.array([1.0, 2.0])
-    np.testing.assert_array_equal(method(quartic, rho=RHO, mask=False)(key, w)[1], jax.grad(quartic)(w))
-
-
-def test_without_a_radius_it_is_the_plain_gradient(key, method):
-    w = jnp.array([1.0, 2.0])
-    value, grads = method(quartic, rho=0.0)(key, w)
+    value, grads = method(quartic, **options)(key, w)
     np.testing.assert_array_equal(grads, jax.grad(quartic)(w))
     assert value == quartic(w)
 
