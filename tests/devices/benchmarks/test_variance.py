@@ -8,8 +8,6 @@ from rich.progress import Progress
 from benchmarks.quality import gradient_variance, microbatch_training, variance
 from tests.benchmarks.conftest import assert_shown
 
-pytestmark = pytest.mark.usefixtures("as_strict_as_the_library")
-
 
 def _run(module, **options):
     with Progress(disable=True) as progress:
