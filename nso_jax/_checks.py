@@ -50,6 +50,13 @@ def is_inexact(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
+def is_numeric(leaf: Any) -> bool:
+    """Whether a value is an array or a Python number: of numbers, bools or PRNG keys."""
+    dtype = dtype_of(leaf)
+    kinds = (jnp.number, jnp.bool_, jax.dtypes.extended)
+    return dtype is not None and any(jnp.issubdtype(dtype, kind) for kind in kinds)
+
+
 def is_function(option: Any) -> bool:
     """Whether an option is to be called; a module with `__call__` (Equinox) is a pytree of values instead."""
     return callable(option) and jax.tree_util.all_leaves([option])

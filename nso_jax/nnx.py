@@ -12,18 +12,17 @@ except ImportError as error:
     raise ImportError("nso_jax.nnx needs flax: pip install 'nso-jax[flax]'") from error
 
 from nso_jax import gradients, parallel
-from nso_jax._axes import AxisName
+from nso_jax._axes import Axes, AxisName
 from nso_jax._callers import unwrapped
 from nso_jax._calls import as_loss, named_after
-from nso_jax._checks import PyTree, as_key
+from nso_jax._checks import PyTree, as_key, check_function
 from nso_jax._parts import (
     Batch,
+    Parts,
     Weight,
     batch_numbers,
     check_whole,
     join,
-    mean_over_parts,
-    microbatch_options,
     select_batch,
 )
 
@@ -199,14 +198,8 @@ def microbatch(
       >>> grads["kernel"].shape
       (3, 1)
     """
-    options = microbatch_options(
-        fn,
-        num_microbatches,
-        weight=weight,
-        aux=aux,
-        axis_name=axis_name,
-        independent_draws=independent_draws,
-    )
+    check_function("fn", fn, "a function fn(key, *args)")
+    parts = Parts(num_microbatches, weight, aux, Axes(axis_name, independent_draws))
     argnums = batch_numbers(batch_argnums)
 
     def microbatched(key: jax.Array, /, *args: Any, **kwargs: Any) -> PyTree:
@@ -235,14 +228,8 @@ def microbatch(
         present = [variable for _, variable in nnx.to_flat_state(variables)]
         still = [None] * len(present)
         moving = jax.eval_shape(lambda: evaluate(0, key, batch, others, still)[1])
-        mean, moved = mean_over_parts(
-            evaluate,
-            key,
-            batch,
-            others,
-            [None if new is None else old for old, new in zip(present, moving, strict=True)],
-            **options | {"weight": weight and weight_of},
-        )
+        start = [None if new is None else old for old, new in zip(present, moving, strict=True)]
+        mean, moved = parts.mean(evaluate, key, batch, others=others, state=start, weight_of=weight_of)
         nnx.update(arguments, _only(variables, moved))
         return mean
 

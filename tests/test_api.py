@@ -53,7 +53,7 @@ API = {
     "noise.perturb": "params: PyTree, noise: PyTree, sign: Any=1 -> PyTree",
     "noise.perturbation": """
         key: jax.Array, params: PyTree, sigma: Sigma, *, sampler: Sampler=normal, mask: PyTree=None,
-        specs: PyTree=None -> PyTree
+        param_specs: PyTree=None -> PyTree
     """,
     "noise.rademacher": "key: jax.Array, shape: tuple[int, ...]=(), dtype: Any=jnp.float32 -> jax.Array",
     "noise.relative": """
@@ -263,8 +263,9 @@ def sections(value):
 
 
 def entries(section):
-    """The names that a section describes."""
-    return re.findall(r"^  (\*{0,2}\w+): ", section, re.MULTILINE)
+    """The names that a section describes, alone or several together."""
+    found = re.findall(r"^  (\*{0,2}\w+(?:, \w+)*): ", section, re.MULTILINE)
+    return [name for names in found for name in names.split(", ")]
 
 
 def callees(function):
@@ -314,7 +315,8 @@ def test_a_functions_docstring_says_all_of_it(name):
     assert not rest[0], "an empty line follows the summary"
     kinds = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
     parameters = inspect.signature(function).parameters.values()
-    assert entries(parts["Args"]) == [kinds.get(p.kind, "") + p.name for p in parameters]
+    described = entries(parts["Args"])
+    assert sorted(described) == sorted(kinds.get(p.kind, "") + p.name for p in parameters)
     assert parts["Returns"].strip()
     assert ("Raises" in parts) == raises(function)
     for error in entries(parts.get("Raises", "")):
