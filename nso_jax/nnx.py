@@ -56,7 +56,7 @@ def value_and_grad(
       fun: `fun(model, *args, **kwargs)` returning a real scalar, or a pair of that and auxiliary output.
       method: `nso_jax.value_and_grad`, or one of its rivals: `sharpness.sam`, `.usam`, `.asam`, `.rsam`.
       wrt: an NNX filter, the variables that are perturbed and differentiated; the same as the optimizer's.
-      has_aux: whether `fun` returns `(loss, aux)`.
+      has_aux: as in `nso_jax.value_and_grad`.
       aux: a mode of the method, such as "mean" or "sum", or a prefix pytree of them. "clean" takes the
         model's new state from the forward pass at W too, as the authors' code does with batch statistics.
       mesh: a mesh of devices, for plain `nnx.jit` on many of them: the same as
@@ -169,14 +169,9 @@ def microbatch(
 
     Args:
       fn: `fn(key, model, *args, **kwargs)`, as `value_and_grad` of this module gives.
-      num_microbatches: m, a static int >= 1.
-      batch_argnums: which arguments carry examples along the leading axis of every leaf: 0 is the model,
-        and 1, the default, what follows it.
-      weight: w, how much the loss of a part counts, a function of the arguments of `fn` without the key, as
-        in `nso_jax.parallel.microbatch`. A part of weight 0 does not move the statistics either.
-      aux: what becomes of auxiliary output, as in `nso_jax.parallel.microbatch`.
-      axis_name: inside `shard_map` or `pmap`: axes to average over, once, in the end; leave it out of `fn`.
-      independent_draws: with `axis_name`, whether each device folds its index into the key.
+      num_microbatches, aux, axis_name, independent_draws: as in `nso_jax.parallel.microbatch`.
+      batch_argnums: as there: 0 is the model, and 1, the default, what follows it.
+      weight: w, as there. A part of weight 0 does not move the statistics either.
 
     Returns:
       A function with the arguments of `fn` that returns what `fn` does, averaged over the parts, and updates

@@ -264,7 +264,7 @@ def sections(value):
 
 def entries(section):
     """The names that a section describes, alone or several together."""
-    found = re.findall(r"^  (\*{0,2}\w+(?:, \w+)*): ", section, re.MULTILINE)
+    found = re.findall(r"^  (\*{0,2}\w+(?:, \*{0,2}\w+)*): ", section, re.MULTILINE)
     return [name for names in found for name in names.split(", ")]
 
 

@@ -40,8 +40,7 @@ def input_hessian_norm(
         g = grad_v |H v| = H u,   u = H v / |H v|,   v <- unit(v + step_size * g / |g|)
 
     The result is |H v| <= |H|, with the derivative of u^T H v at fixed u and v. That is exact to first order
-    given v; higher derivatives take u as fixed. Where H v is zero, the result and its gradient are zero. Loss
-    and penalty cost about 5 plain gradients instead of 1, and each step of the search after the first 1 more.
+    given v; higher derivatives take u as fixed. Where H v is zero, the result and its gradient are zero.
 
     Args:
       key: a PRNG key, typed or legacy.
@@ -107,15 +106,10 @@ def input_gradient(fun: Callable[..., Any], inputs: PyTree, *args: Any) -> jax.A
 
     |g|^2 is also the derivative of the loss along g, and half the gradient of |g|^2 is that derivative's at
     fixed g: forward over reverse differentiation instead of reverse over reverse (double backpropagation).
-    It is exact to first order; higher derivatives take g as fixed. Loss and penalty cost about 2.7 plain
-    gradients instead of 1; by reverse over reverse a ConvNet takes 3.8 on CPU where this takes 2.4.
+    It is exact to first order; higher derivatives take g as fixed.
 
     Args:
-      fun: `fun(inputs, *args)` returning the losses of the examples, each a function of its own example
-        only, so without batch statistics. Their axes are the batch axes, usually one: shape (n,). A scalar is
-        the loss of one example without batch axis, for use under vmap.
-      inputs: a real array, or a pytree of them; the batch axes come first in each leaf.
-      *args: what else `fun` takes, such as labels and params, which may also be closed over.
+      fun, inputs, *args: as in `input_hessian_norm`.
 
     Returns:
       An array of the shape of the losses, in float32 at least.
@@ -146,8 +140,7 @@ def jacobian(
 
         |dz/dx|^2 = C E[|d(v . z)/dx|^2],   v uniform on the unit sphere in C dimensions
 
-    for C outputs z, with the derivative as `input_gradient` takes it: exact to first order given v. Loss and
-    penalty cost about 2.2 plain gradients instead of 1, and .8 more for each further projection.
+    for C outputs z, with the derivative as `input_gradient` takes it: exact to first order given v.
 
     Args:
       key: a PRNG key, typed or legacy.

@@ -46,7 +46,6 @@ def hessian_trace(
 
     Its gradient is as unbiased for that of the trace. v^T H v is the second derivative of the loss along v,
     by forward over forward differentiation, or backward where a `jax.custom_vjp` in the loss forbids that.
-    Loss and penalty cost about 3 plain gradients instead of 1; backward they cost more.
 
     Args:
       key: a PRNG key, typed or legacy.
@@ -56,14 +55,11 @@ def hessian_trace(
       prob: the probability in (0, 1] with which a weight or a leaf is kept. The default of 1, Hutchinson's
         estimate, has the least variance.
       drop: what is dropped if `prob` is below 1. "weight": each weight for itself, the published form, which
-        saves nothing: with its random numbers it takes 3 to 4 plain gradients. "leaf": the leaves are dealt
-        in order into M = 1/prob groups with about as many weights each, and a sample is M v^T H v of one
-        group drawn at random. It differentiates with respect to that group only, in a branch of
-        `jax.lax.switch`: for an MLP of five layers on CPU with M = 2, 3 and 6, loss and penalty cost 3.4,
-        3.2 and 2.9 plain gradients instead of 4.3; for one of three layers it saves a tenth at most.
-        Under vmap over keys all branches are computed. With convolutions it does not pay on CPU, where one
-        in a branch takes 9 times as long as outside: there, give the group as `mask`, add M times the
-        result, and jit the step once for each group. GPU and TPU were not measured.
+        saves nothing. "leaf": the leaves are dealt in order into M = 1/prob groups with about as many
+        weights each, and a sample is M v^T H v of one group drawn at random. It differentiates with respect
+        to that group only, in a branch of `jax.lax.switch`, which pays in deep networks; under vmap over
+        keys all branches are computed. With convolutions on CPU, which XLA runs slowly in a branch, give the
+        group as `mask`, add M times the result, and jit the step once for each group.
       num_samples: k; the result is the mean of k estimates, of which number j uses
         `jax.random.split(key, k)[j]`. The default of 1 leaves the averaging to the training steps.
       mask: the leaves whose share of the trace is estimated: bools, a prefix pytree of `params` or a

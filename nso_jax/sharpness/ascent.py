@@ -55,25 +55,17 @@ def sam(
     result is the plain gradient.
 
     Args:
-      fun: `fun(*args, **kwargs)` returning a real scalar, or a pair of that and auxiliary output.
+      fun, argnums, has_aux: as in `nso_jax.value_and_grad`.
       rho: the distance, a scalar >= 0, in the units of the weights; .05 is the paper's usual choice. It may
         be traced: a schedule is `rho=schedule(step)` inside the step.
-      mask: which leaves are moved: bools, a prefix pytree or a function giving one. Leaves that are not
-        still get gradients, and do not count in the norm. The default is all of them.
-      argnums: which positional arguments of `fun` to differentiate, as in `jax.value_and_grad`.
-      has_aux: whether `fun` returns `(loss, aux)`.
-      aux: what `axis_name` does to auxiliary output: "mean" averages float leaves, "sum" adds up, and with
-        "concatenate", for leaves with an entry for each example, devices keep theirs. A prefix pytree of the
-        auxiliary output mixes them.
-      axis_name: inside `shard_map`, `pmap` or `vmap` over that axis: results are averaged over it. The loss
-        is the mean of what `fun` returns on each device, which may have collectives over the axis inside.
+      mask: which leaves are moved, as there. The others do not count in the norm.
+      aux: what `axis_name` does to auxiliary output, "mean", "sum" or "concatenate", as there.
+      axis_name: what results are averaged over, as there.
       global_ascent: with `axis_name`, whether all devices climb together, along the mean of their gradients,
         for one more all-reduce. By default each climbs the loss of its own examples, as the authors do
         ("m-sharpness": m examples share an ascent, and fewer generalize better), and nothing is
         communicated but the result. On one device `nso_jax.parallel.microbatch` does the same.
-      param_specs: inside a `shard_map` that splits the params over further axes: their partition specs, a
-        prefix pytree as in its `in_specs`, so that norms are those of whole params. Needed only with
-        `check_vma=False`; else JAX knows them.
+      param_specs: how further axes split the params, as there, so that norms are those of whole params.
 
     Returns:
       `fn(key, *args, **kwargs)`, returning `(value, grads)`, or `((value, aux), grads)` with `has_aux`, of
