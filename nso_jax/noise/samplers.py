@@ -63,9 +63,7 @@ def rademacher(key: jax.Array, shape: tuple[int, ...] = (), dtype: Any = jnp.flo
     share a random 32-bit word, as many as the factors of 2 in the sizes of the axes allow.
 
     Args:
-      key: a PRNG key.
-      shape: the shape of the result.
-      dtype: its floating dtype.
+      key, shape, dtype: as in `normal`.
 
     Returns:
       An array of independent draws with mean 0 and variance 1.
@@ -86,9 +84,7 @@ def uniform(key: jax.Array, shape: tuple[int, ...] = (), dtype: Any = jnp.float3
     """Bounded noise, u ~ U(-sqrt(3), sqrt(3)).
 
     Args:
-      key: a PRNG key.
-      shape: the shape of the result.
-      dtype: its floating dtype.
+      key, shape, dtype: as in `normal`.
 
     Returns:
       An array of independent draws with mean 0 and variance 1.
@@ -111,9 +107,7 @@ def laplace(key: jax.Array, shape: tuple[int, ...] = (), dtype: Any = jnp.float3
     """Heavier tails than a Gaussian: density exp(-sqrt(2) |u|) / sqrt(2).
 
     Args:
-      key: a PRNG key.
-      shape: the shape of the result.
-      dtype: its floating dtype.
+      key, shape, dtype: as in `normal`.
 
     Returns:
       An array of independent draws with mean 0 and variance 1.
@@ -134,9 +128,7 @@ def centered_binomial(key: jax.Array, shape: tuple[int, ...] = (), dtype: Any = 
     """A coarse Gaussian from 8 random bits: u = (B - 4) / sqrt(2) with B ~ Binomial(8, 1/2).
 
     Args:
-      key: a PRNG key.
-      shape: the shape of the result.
-      dtype: its floating dtype.
+      key, shape, dtype: as in `normal`.
 
     Returns:
       An array of independent draws with mean 0 and variance 1; |u| is at most sqrt(8).
@@ -161,9 +153,7 @@ def cauchy(key: jax.Array, shape: tuple[int, ...] = (), dtype: Any = jnp.float32
     does not hold: the pair still cancels every odd term, but now and then a draw is enormous.
 
     Args:
-      key: a PRNG key.
-      shape: the shape of the result.
-      dtype: its floating dtype.
+      key, shape, dtype: as in `normal`.
 
     Returns:
       An array of independent draws with median 0.
