@@ -175,6 +175,17 @@ def check_inexact(params: PyTree, name: str = "params") -> None:
             )
 
 
+def check_real_params(name: str, params: PyTree) -> None:
+    """Raises TypeError if a leaf is not real: what `name` says of a weight's variance is for these."""
+    check_inexact(params)
+    for path, leaf in jax.tree.leaves_with_path(params):
+        if jnp.iscomplexobj(leaf):
+            raise TypeError(
+                f"params: leaf {leaf_name(path)} is {describe(leaf)}, but {name} is for real weights; give "
+                "the real and the imaginary part as two leaves."
+            )
+
+
 def check_no_state(params: PyTree, name: str = "params") -> None:
     """Raises TypeError for a network of Flax together with its state, such as batch statistics.
 

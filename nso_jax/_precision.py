@@ -31,3 +31,9 @@ def summed(stacks: list[jax.Array]) -> list[jax.Array]:
 def scaled(tree: PyTree, factor: Any) -> PyTree:
     """`factor * tree`, in the dtypes of the tree."""
     return jax.tree.map(lambda x: jnp.asarray(factor).astype(x.dtype) * x, tree)
+
+
+def mixed(weight: Any, old: PyTree, new: PyTree) -> PyTree:
+    """`weight * old + (1 - weight) * new`."""
+    weight = jnp.asarray(weight)
+    return jax.tree.map(jnp.add, scaled(old, weight), scaled(new, 1 - weight))

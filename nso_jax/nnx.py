@@ -1,6 +1,5 @@
 """The averaged gradient for Flax NNX modules, whose state moves once per step and not once per evaluation."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ except ImportError as error:
 
 from nso_jax import gradients, parallel
 from nso_jax._axes import Axes, AxisName
-from nso_jax._callers import unwrapped
+from nso_jax._callers import takes_batch, unwrapped
 from nso_jax._calls import as_loss, named_after
 from nso_jax._checks import PyTree, as_key, check_function
 from nso_jax._parts import (
@@ -54,7 +53,8 @@ def value_and_grad(
 
     Args:
       fun: `fun(model, *args, **kwargs)` returning a real scalar, or a pair of that and auxiliary output.
-      method: `nso_jax.value_and_grad`, or one of its rivals: `sharpness.sam`, `.usam`, `.asam`, `.rsam`.
+      method: `nso_jax.value_and_grad`, or one of its rivals: `sharpness.sam`, `.usam`, `.asam`, `.rsam`,
+        `.mrwp`.
       wrt: an NNX filter, the variables that are perturbed and differentiated; the same as the optimizer's.
       has_aux: as in `nso_jax.value_and_grad`.
       aux: a mode of the method, such as "mean" or "sum", or a prefix pytree of them. "clean" takes the
@@ -63,8 +63,8 @@ def value_and_grad(
         `nso_jax.parallel.value_and_grad`, which says what this does and what the next three are for. Each
         device has batch statistics of its own examples, which are averaged, and dropout masks of its own.
         The default, None, is for one device, or for your own `shard_map` with `axis_name`.
-      batch_argnums: with `mesh`, which arguments carry examples: 0 is the model, and 1, the default, what
-        follows it.
+      batch_argnums: with `mesh`, or a method that halves the batch, which arguments carry examples: 0 is the
+        model, and 1, the default, what follows it.
       num_microbatches: with `mesh`, m parts of each device's examples. All start from the model's present
         state, which moves once, to their mean. Without a mesh there is `microbatch`.
       weight: with `mesh`, how much the loss of a device's part counts, a function of the arguments of `fun`.
@@ -98,7 +98,7 @@ def value_and_grad(
     """
     _check_arguments(method, mesh, num_microbatches, weight, options)
     in_wrt = nnx.filterlib.to_predicate(wrt)
-    argnums = batch_numbers(batch_argnums) if mesh is not None else ()
+    argnums = batch_numbers(batch_argnums) if mesh is not None or takes_batch(method) else ()
 
     def is_differentiated(path: tuple[Any, ...], value: Any) -> bool:
         return path[0] == 0 and in_wrt(path[1:], value)
@@ -120,17 +120,12 @@ def value_and_grad(
         model, args, kwargs = merged(params, graphdef, rest)
         return weight(*join([model, *args], batch), **kwargs)  # type: ignore[misc]  # only called if given
 
-    if aux != "mean":
-        options["aux"] = (aux, "clean" if aux == "clean" else "mean")
+    options |= {} if aux == "mean" else {"aux": (aux, "clean" if aux == "clean" else "mean")}
+    options |= {"batch_argnums": 3} if argnums else {}
     if mesh is not None:
-        method = functools.partial(
-            parallel.value_and_grad,
-            mesh=mesh,
-            method=method,
-            batch_argnums=3,
-            num_microbatches=num_microbatches,
-            weight=weight and weight_of,
-        )
+        options |= {"mesh": mesh, "method": method, "num_microbatches": num_microbatches}
+        options["weight"] = weight and weight_of
+        method = parallel.value_and_grad
     averaged = method(loss, has_aux=True, **options)
 
     def value_and_grad_fn(key: jax.Array, /, model: Any, *args: Any, **kwargs: Any) -> tuple[Any, nnx.State]:

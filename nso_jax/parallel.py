@@ -11,7 +11,7 @@ import numpy as np
 
 from nso_jax import gradients
 from nso_jax._axes import Axes, AxisName, axes_of, check_axes
-from nso_jax._callers import unwrapped
+from nso_jax._callers import takes_batch, unwrapped
 from nso_jax._calls import named_after
 from nso_jax._checks import (
     PyTree,
@@ -200,6 +200,7 @@ def value_and_grad(
     options |= {} if aux == "mean" else {"aux": aux}
     if "global_ascent" in options:
         options |= {"axis_name": averaged} if together else {"global_ascent": False}
+    options |= {"batch_argnums": argnums} if takes_batch(method) else {}
     local = method(fun, **options)
     # The key is folded here, the same for one device and for many.
     along = Axes(None if together or not averaged else averaged, independent_draws=False)

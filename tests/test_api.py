@@ -41,9 +41,9 @@ API = {
         param_specs: PyTree=None -> Callable[..., tuple[Any, PyTree]]
     """,
     "noise.Relative": """
-        scale: Any, per: Literal['weight', 'channel', 'tensor'], channel_axis: int | tuple[int, ...],
-        stack_axes: PyTree
+        scale: Any, per: Per, channel_axis: int | tuple[int, ...], stack_axes: PyTree
     """,
+    "noise.adaptive": "sigma: Sigma, squares: PyTree, eta: Any=1.0 -> Callable[[PyTree], PyTree]",
     "noise.cauchy": "key: jax.Array, shape: tuple[int, ...]=(), dtype: Any=jnp.float32 -> jax.Array",
     "noise.centered_binomial": """
         key: jax.Array, shape: tuple[int, ...]=(), dtype: Any=jnp.float32 -> jax.Array
@@ -57,8 +57,8 @@ API = {
     """,
     "noise.rademacher": "key: jax.Array, shape: tuple[int, ...]=(), dtype: Any=jnp.float32 -> jax.Array",
     "noise.relative": """
-        scale: Any, per: Literal['weight', 'channel', 'tensor']='weight', *,
-        channel_axis: int | Sequence[int]=-1, stack_axes: PyTree=0 -> Relative
+        scale: Any, per: Per='weight', *, channel_axis: int | Sequence[int]=-1, stack_axes: PyTree=0
+        -> Relative
     """,
     "noise.uniform": "key: jax.Array, shape: tuple[int, ...]=(), dtype: Any=jnp.float32 -> jax.Array",
     "parallel.microbatch": """
@@ -106,6 +106,18 @@ API = {
         weight_decay: float=0.0002, damping: float=0.1, b1: float=0.9, b2: float=0.999,
         initial_precision: float=1.0, mask: PyTree=None, axis_name: AxisName | None=None
         -> optax.GradientTransformationExtraArgs
+    """,
+    "sharpness.IVONState": "count: jax.Array, rng_key: jax.Array, momentum: PyTree, hessian: PyTree",
+    "sharpness.ivon": """
+        learning_rate: optax.ScalarOrSchedule, *, num_examples: int, key: jax.Array,
+        weight_decay: float=0.0002, b1: float=0.9, b2: float=0.99999, initial_hessian: float=0.5,
+        num_samples: int=1, antithetic: bool=False, sampler: Sampler=noise.normal,
+        axis_name: AxisName | None=None -> optax.GradientTransformationExtraArgs
+    """,
+    "sharpness.mrwp": """
+        fun: Callable[..., Any], *, sigma: Sigma, noisy_weight: Any=0.5,
+        batch_argnums: int | Sequence[int]=(1,), argnums: int | Sequence[int]=0, has_aux: bool=False,
+        aux: PyTree='mean', **options: Any -> Callable[..., tuple[Any, PyTree]]
     """,
     "penalties.hessian_trace": """
         key: jax.Array, fun: Callable[..., Any], params: PyTree, *args: Any, prob: float=1.0,

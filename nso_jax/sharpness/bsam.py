@@ -14,12 +14,10 @@ from nso_jax._checks import (
     PyTree,
     as_key,
     check_count,
-    check_inexact,
+    check_real_params,
     check_scalar,
-    describe,
-    leaf_name,
 )
-from nso_jax._precision import cast_like, scaled, widen
+from nso_jax._precision import cast_like, mixed, scaled, widen
 from nso_jax._updates import check_like_params, check_update_arguments
 
 __all__ = ["BSAMState", "bsam"]
@@ -125,7 +123,7 @@ def bsam(
 
     def init_fn(params: PyTree) -> BSAMState:
         check_not_in_multi_steps("bsam")
-        _check_real(params)
+        check_real_params("bsam", params)
         copy = jnp.array(jax.random.key_data(key))  # the state may be donated, the caller's key may not
         zeros = jax.tree.map(lambda w: jnp.zeros_like(widen(w)), params)
         precision = jax.tree.map(lambda m: jnp.full_like(m, initial_precision), zeros)
@@ -163,28 +161,12 @@ def bsam(
         g, size = axes.combine((g, size))
 
         decayed = jax.tree.map(lambda g, w: g + scaled(widen(w), weight_decay), g, params)
-        momentum = _mixed(b1, state.momentum, decayed)
+        momentum = mixed(b1, state.momentum, decayed)
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
         updates = cast_like(scaled(jax.tree.map(jnp.divide, momentum, s), -jnp.asarray(rate)), params)
         least = jnp.asarray(weight_decay) + damping
-        precision = _mixed(b2, s, jax.tree.map(lambda size: size + least.astype(size.dtype), size))
+        precision = mixed(b2, s, jax.tree.map(lambda size: size + least.astype(size.dtype), size))
         count = optax.safe_increment(state.count)
         return updates, BSAMState(count, state.rng_key, momentum, precision)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _mixed(weight: Any, old: PyTree, new: PyTree) -> PyTree:
-    """Weight * old + (1 - weight) * new."""
-    weight = jnp.asarray(weight)
-    return jax.tree.map(jnp.add, scaled(old, weight), scaled(new, 1 - weight))
-
-
-def _check_real(params: PyTree) -> None:
-    check_inexact(params)
-    for path, leaf in jax.tree.leaves_with_path(params):
-        if jnp.iscomplexobj(leaf):
-            raise TypeError(
-                f"params: leaf {leaf_name(path)} is {describe(leaf)}, but bsam is for real weights; give "
-                "the real and the imaginary part as two leaves."
-            )
