@@ -355,7 +355,7 @@ def test_a_leafs_noise_depends_on_the_key_and_its_path_alone(data):
                 jax.tree.map(np.testing.assert_array_equal, part[name], whole[name])
         other = jax.random.fold_in(typed_key(key), 1)
         for a, b, c in zip(*map(jax.tree.leaves, (draw({"x": x}), draw({"y": x}), {"x": x})), strict=True):
-            assert (a.shape, a.dtype) == (np.shape(c), np.promote_types(np.asarray(c).dtype, np.float32))
+            assert (a.shape, a.dtype) == (np.shape(c), np.promote_types(jnp.result_type(c), np.float32))
             if a.size and sampler not in (noise.rademacher, noise.centered_binomial):
                 assert not np.array_equal(a, b)
         for a, b in zip(
@@ -612,8 +612,8 @@ INVALID = {
     call_noise_stability: noisy | update | {"updates": st.sampled_from([None, {}, W["w"], W | {"n": 1}])},
     call_nso: noisy | {"optimizer": not_functions},
     call_relative: {"scale": not_a_size, "per": not_a_choice, "channel_axis": not_an_axis_number},
-    call_perturbation: {name: noisy[name] for name in ("key", "sigma", "sampler", "mask")}
-    | {"params": not_params, "specs": not_specs},
+    call_perturbation: {name: noisy[name] for name in ("key", "sigma", "sampler", "mask", "param_specs")}
+    | {"params": not_params},
     call_microbatch: {
         "fn": not_functions,
         "num_microbatches": not_a_count,
