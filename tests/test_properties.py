@@ -513,6 +513,14 @@ def call_bsam(**arguments):
     return call_update(sharpness.bsam, **{"learning_rate": 0.1, "num_examples": 10, "key": KEY} | arguments)
 
 
+def call_ivon(**arguments):
+    return call_update(sharpness.ivon, **{"learning_rate": 0.1, "num_examples": 10, "key": KEY} | arguments)
+
+
+def call_adaptive(**arguments):
+    return noise.adaptive(**{"sigma": 0.1, "squares": W} | arguments)(W)
+
+
 def call_hessian_trace(**arguments):
     return penalties.hessian_trace(**{"key": KEY, "fun": sum_of_squares, "params": W} | arguments)
 
@@ -651,6 +659,21 @@ INVALID = {
         "mask": not_a_mask,
         "axis_name": not_an_axis,
     },
+    call_ivon: update
+    | {
+        "learning_rate": not_a_size,
+        "num_examples": not_a_count,
+        "key": not_a_key,
+        "weight_decay": not_above_zero,
+        "b1": not_a_half_open_share,
+        "b2": not_a_half_open_share,
+        "initial_hessian": not_above_zero,
+        "num_samples": not_a_count,
+        "antithetic": not_a_flag,
+        "sampler": not_a_sampler,
+        "axis_name": not_an_axis,
+    },
+    call_adaptive: {"eta": not_a_size},
     call_hessian_trace: {
         "key": not_a_key,
         "fun": not_functions | not_a_loss,
