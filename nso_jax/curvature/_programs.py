@@ -53,7 +53,9 @@ class Programs:
     """Functions of a loss, compiled once for each form of arguments and kept while this is."""
 
     def __init__(self, loss: Loss) -> None:
-        self.loss = loss
+        # JAX keeps what it has traced by the function: functions of this instance alone are traced anew.
+        own: list[Any] = [function and functools.partial(function) for function in loss]
+        self.loss = Loss(*own)
         self._compiled: dict[Hashable, Any] = {}
         self.linearize = self.compiled(_linearized, static_argnames="flags")
         self.add = self.compiled(_add, donate_argnums=0)

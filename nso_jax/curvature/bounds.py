@@ -94,8 +94,8 @@ def pac_bayes_bound(
         matters for `per="batch"` only. The bound has no mean over examples and counts them only, tokens
         never: `weight`, if there is one, must give their number, the length of a leading axis of the batch.
         It is needed only where leaves of a batch have leading axes of different lengths.
-      initial_params: a pytree like the params of `h`: the weights that the training started from, pretrained ones
-        in fine-tuning. The theorem needs them to be independent of the data.
+      initial_params: a pytree like the params of `h`: the weights that the training started from,
+        pretrained ones in fine-tuning. The theorem needs them to be independent of the data.
       num_probes: m, at least 2.
       per: "example", as the theorem has it: `fun` is given batches of one example, `x[i:i+1]` of every array
         that has the leading axis of its batch, other leaves as they are. Or "batch": C and alpha are those

@@ -131,6 +131,7 @@ class CurvatureMatrix:
         Returns:
           The products, a row for each, in float64 and host memory.
         """
+        check_outside_jit("h")
         # A vector, its product and the rounding error of that.
         rows = max(self.chunk_size, _BLOCK_BYTES // (3 * self.dtype.itemsize * max(self.size, 1)))
         images = np.empty((len(vectors), self.size))

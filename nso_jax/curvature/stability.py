@@ -70,8 +70,8 @@ def noise_stability_gap(
     for every sigma, so the estimate is a smooth function of sigma.
 
     The losses have the precision that `h.fun` gives them: in float32, a gap below 1e-6 of the loss is
-    rounding. The noise is added in float32 (float64 for float64 leaves) and rounded once to the leaf's dtype, so
-    that in bfloat16 a sigma below 1 % of a weight is not what the weight gets.
+    rounding. The noise is added in float32 (float64 for float64 leaves) and rounded once to the leaf's dtype,
+    so that in bfloat16 a sigma below 1 % of a weight is not what the weight gets.
 
     Args:
       key: PRNG key. Draw j depends on the key and on j alone.

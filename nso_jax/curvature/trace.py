@@ -149,7 +149,7 @@ def diagonal(
 
     Args:
       key: PRNG key. Probe j depends on the key and on j alone.
-      h: the matrix, as `hessian` or `gauss_newton` makes it. Entries of leaves that its mask leaves out are 0.
+      h: the matrix, as in `trace`. In leaves that its mask leaves out, the entries are 0.
       method: "xdiag" or "hutchinson". XDiag keeps 16 bytes of host memory for each parameter and product,
         Hutchinson 16 for each parameter.
       num_products: Hessian-vector products, the most of them when `rtol` is given; at least 4 for "xdiag",
