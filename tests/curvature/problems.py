@@ -148,3 +148,32 @@ def network():
 def exact_network_hessian():
     with jax.enable_x64(True):
         return dense(network_loss, *network())
+
+
+# Losses whose gap under noise is known
+
+
+@jax.jit
+def affine_quadratic(w, matrix):
+    return 2.0 + jnp.sum(w) + w @ matrix @ w / 2
+
+
+@jax.jit
+def per_example(params, x):
+    """Not quadratic, with two leaves and a mean over examples."""
+    return jnp.mean(jax.nn.softplus(jnp.tanh(x @ params["w"]) @ params["v"]))
+
+
+@jax.jit
+def quartic(w, batch):
+    """The Hessian is I at 0, and the gap `n (sigma^2/2 + 3 c sigma^4)` for normal noise in n weights."""
+    return 1 + jnp.sum(w**2) / 2 + batch * jnp.sum(w**4)
+
+
+def small_network(dtype):
+    rng = np.random.default_rng(0)
+    params = {
+        "w": jnp.asarray(rng.normal(size=(3, 4)), dtype),
+        "v": jnp.asarray(rng.normal(size=4), dtype),
+    }
+    return params, jnp.asarray(rng.normal(size=(30, 3)), dtype)
