@@ -1,7 +1,7 @@
 """The Hessian and the Gauss-Newton matrix of a mean loss, known by their products with vectors."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ class CurvatureMatrix:
       size: how many weights the chosen leaves have: the matrix is of this size.
       dtype: of the products: float32, or float64 if a chosen leaf is.
       epsilon: relative rounding error of the products, that of the coarsest leaf.
-      programs: what is compiled, which matrices made by `at` share.
+      programs: what is compiled, which matrices made by `at` and `on` share.
     """
 
     fun: Callable[[Any, Any], jax.Array]
@@ -96,30 +96,26 @@ class CurvatureMatrix:
         check_outside_jit("tangent")
         return self.unravel(self._pass(self.ravel(tangent)[None])[0][0])
 
-    def at(self, params: Any) -> "CurvatureMatrix":
-        """The same matrix at other params of the same form, such as those of a later step of training.
+    def at(self, params: Any) -> Self:
+        """The same at other params of the same form, such as those of a later step of training.
 
         It shares the compiled programs, and makes its own linearizations.
         """
         check_like("params", params, self.params)
         return self.like(params=params)
 
-    def hessian(self) -> "CurvatureMatrix":
+    def on(self, batches: Any) -> Self:
+        """The same on other data, such as a validation set; it shares programs as with `at`."""
+        return self.like(batches=batches)
+
+    def hessian(self) -> Self:
         """The Hessian of the same loss: itself, unless this is a Gauss-Newton matrix."""
         return self.like(programs=self.programs.of_hessian) if self.programs.loss.model else self
 
-    def like(
-        self, *, programs: Programs | None = None, params: Any = None, mask: Any = None
-    ) -> "CurvatureMatrix":
-        """The same with other programs, params or another mask; the linearizations are not shared."""
-        return CurvatureMatrix(
-            programs or self.programs,
-            self.params if params is None else params,
-            self.batches,
-            mask=self.mask if mask is None else mask,
-            weight=self.weight,
-            chunk_size=self.chunk_size,
-        )
+    def like(self, **changes: Any) -> Self:
+        """The same but for arguments of the constructor; linearizations are not shared."""
+        names = ("programs", "params", "batches", "mask", "weight", "chunk_size")
+        return type(self)(**{name: getattr(self, name) for name in names} | changes)
 
     def products(self, vectors: np.ndarray, callback: Callable[[int], object] | None = None) -> np.ndarray:
         """The products with several vectors at once, in as few passes over the data as memory allows.
