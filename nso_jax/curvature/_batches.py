@@ -107,12 +107,11 @@ def explained(functions: Iterable[Callable[..., Any]], batches: Any) -> Iterator
 
 
 def _wants_other_arguments(function: Callable[..., Any]) -> bool:
-    try:
-        inspect.signature(function).bind(None, None)
-    except TypeError:
-        return True
-    except ValueError:  # a builtin without a signature
-        return False
+    with contextlib.suppress(ValueError):  # of a builtin without a signature
+        try:
+            inspect.signature(function).bind(None, None)
+        except TypeError:
+            return True
     return False
 
 

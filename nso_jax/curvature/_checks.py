@@ -42,7 +42,9 @@ def check_params(params: Any) -> Any:
 def check_like(name: str, tree: Any, params: Any) -> None:
     """Raises unless a pytree has the structure and the shapes of params, and known values."""
     check_concrete(name, tree)
-    given, expected = (dict(_with_names(each)) for each in (tree, params))
+    given, expected = (
+        {leaf_name(path): leaf for path, leaf in jax.tree.leaves_with_path(each)} for each in (tree, params)
+    )
     structures: Any = jax.tree.structure(params), jax.tree.structure(tree)
     if structures[0] != structures[1]:
         odd = [leaf for leaf in expected | given if (leaf in expected) != (leaf in given)]
@@ -55,10 +57,6 @@ def check_like(name: str, tree: Any, params: Any) -> None:
             raise ValueError(
                 f"{name}: expected shape {like.shape} for leaf {leaf}, got {np.shape(given[leaf])}."
             )
-
-
-def _with_names(tree: Any) -> list[tuple[str, Any]]:
-    return [(leaf_name(path), leaf) for path, leaf in jax.tree.leaves_with_path(tree)]
 
 
 def check_tolerance(name: str, value: Any) -> None:

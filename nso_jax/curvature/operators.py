@@ -29,8 +29,8 @@ class CurvatureMatrix:
 
     Called with a tangent, it gives the product; the estimators measure the rest. They share its work:
     programs are compiled once for each shape of batch, and the gradient, linearized once for each batch, is
-    kept. All this takes memory for as long as the matrix lives. What the loss closes over counts as constant
-    from when the matrix was made: make another one where it has changed.
+    kept. All this takes memory for as long as the matrix lives. The data, and what the loss closes over,
+    count as constant from when the matrix was made: make another one where they have changed.
 
     Attributes:
       fun: the mean loss, `fun(params, batch)`; for a Gauss-Newton matrix that of the model's outputs.

@@ -121,7 +121,7 @@ def noise_stability_gap(
     losses, estimate = noisy_losses_and_trace(
         key, h, num_samples=num_samples, num_products=num_products, method=method, sampler=sampler
     )
-    return table(measure(losses, values, callback), estimate)
+    return table(measure(losses._replace(callback=callback), values), estimate)
 
 
 class NoisyLosses(NamedTuple):
@@ -130,6 +130,7 @@ class NoisyLosses(NamedTuple):
     h: CurvatureMatrix  # the Hessian
     draw: Callable[[int, Any], Any]
     draws: range
+    callback: Callable[[int], object] | None = None
 
 
 class Gaps(NamedTuple):
@@ -170,7 +171,7 @@ def _draw(
 _move = jax.jit(noise.perturb)
 
 
-def measure(losses: NoisyLosses, sigmas: np.ndarray, callback: Callable[[int], object] | None = None) -> Gaps:
+def measure(losses: NoisyLosses, sigmas: np.ndarray) -> Gaps:
     """One pass over the data, batch by batch; the same draws for every sigma."""
     h, size = losses.h, 0.0
     loss = epsilon = 0.0
@@ -178,9 +179,8 @@ def measure(losses: NoisyLosses, sigmas: np.ndarray, callback: Callable[[int], o
     largest = np.zeros(len(sigmas))
     evaluations = 0
     for index, batch, weight in weighted(h.batches, h.weight):
-        report = _reporter(callback, evaluations)
         with explained(h.programs.loss.functions, h.batches):
-            clean, noisy = _batch_losses(losses, jax.device_put(batch), sigmas, report)
+            clean, noisy = _batch_losses(losses, jax.device_put(batch), sigmas, evaluations)
         _check_finite(clean, noisy, sigmas, index)
         evaluations += 1 + noisy.size
         size += weight
@@ -193,7 +193,7 @@ def measure(losses: NoisyLosses, sigmas: np.ndarray, callback: Callable[[int], o
 
 
 def _batch_losses(
-    losses: NoisyLosses, batch: Any, sigmas: np.ndarray, report: Callable[[int], None]
+    losses: NoisyLosses, batch: Any, sigmas: np.ndarray, evaluations: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """The loss of one batch, and its noisy losses in float64, of shape (draws, sigmas, 2)."""
     params, evaluate = losses.h.params, losses.h.programs.evaluate
@@ -205,17 +205,10 @@ def _batch_losses(
         rows.append([evaluate(_move(params, direction, scale), batch) for scale in scales])
         # At most two directions in memory: the device works on one while the next is on its way.
         jax.block_until_ready(rows[:-1][-1:])
-        report(1 + len(rows) * len(scales))
+        if losses.callback is not None:
+            losses.callback(evaluations + 1 + len(rows) * len(scales))
     noisy = np.array(jax.device_get(rows), np.float64).reshape(len(losses.draws), len(sigmas), 2)
     return np.asarray(clean), noisy
-
-
-def _reporter(callback: Callable[[int], object] | None, before: int) -> Callable[[int], None]:
-    def report(count: int) -> None:
-        if callback is not None:
-            callback(before + count)
-
-    return report
 
 
 def _check_finite(clean: np.ndarray, noisy: np.ndarray, sigmas: np.ndarray, index: int) -> None:

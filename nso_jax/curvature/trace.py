@@ -112,15 +112,12 @@ def trace(
     _check_options(_TRACE_METHODS, method, num_products, rtol)
     groups, tree = _grouping(param_labels, h)
     products = Products(h, callback)
-    if method == "hutchinson":
-        estimator: Hutchinson | Deflation = Hutchinson(key, products)
-    else:
-        estimator = Deflation(key, products, leave_one_out=method == "xtrace")
+    probing = _probing(method, key, products)
     whole = [[leaf for group in groups for leaf in group]]
-    for floor in estimator.rounds(num_products):
-        if (floor or rtol) and _reached(rtol, floor, *estimator.shares(whole)):
+    for floor in probing.rounds(num_products):
+        if (floor or rtol) and _reached(rtol, floor, *probing.shares(whole)):
             break
-    values, errors = estimator.shares(whole + groups)
+    values, errors = probing.shares(whole + groups)
     trees = tree(values[1:]), tree(errors[1:])
     return Estimate(float(values[0]), float(errors[0]), products.count, *trees)
 
@@ -188,16 +185,19 @@ def diagonal(
     _check_options(_DIAGONAL_METHODS, method, num_products, rtol)
     groups, tree = _grouping(param_labels, h)
     products = Products(h, callback)
-    if method == "hutchinson":
-        estimator: Hutchinson | Deflation = Hutchinson(key, products)
-    else:
-        estimator = Deflation(key, products, leave_one_out=True)
-    for floor in estimator.rounds(num_products):
-        if (floor or rtol) and _reached(rtol, floor, *estimator.entries()):
+    probing = _probing(method, key, products)
+    for floor in probing.rounds(num_products):
+        if (floor or rtol) and _reached(rtol, floor, *probing.entries()):
             break
-    value, standard_error = (_entry_tree(h, vector) for vector in estimator.entries())
-    shares, errors = estimator.shares(groups)
+    value, standard_error = (_entry_tree(h, vector) for vector in probing.entries())
+    shares, errors = probing.shares(groups)
     return Estimate(value, standard_error, products.count, tree(shares), tree(errors))
+
+
+def _probing(method: str, key: jax.Array, products: Products) -> Hutchinson | Deflation:
+    if method == "hutchinson":
+        return Hutchinson(key, products)
+    return Deflation(key, products, leave_one_out=method != "hutch++")
 
 
 def _reached(rtol: float | None, floor: float, value: np.ndarray, error: np.ndarray) -> bool:

@@ -96,6 +96,18 @@ def split(batch, *sizes):
     return [cut(batch, a, b) for a, b in itertools.pairwise(ends)]
 
 
+def convolution():
+    """A small network of one, and eight images."""
+    rng = np.random.default_rng(0)
+    params = {"kernel": jnp.asarray(rng.normal(size=(3, 1, 3, 3)), jnp.float32), "head": jnp.ones(3)}
+
+    def loss(params, batch):
+        maps = jax.lax.conv(batch, params["kernel"], (1, 1), "SAME")
+        return jnp.mean((jnp.mean(jax.nn.softplus(maps), axis=(2, 3)) @ params["head"]) ** 2)
+
+    return loss, params, jnp.asarray(rng.normal(size=(8, 1, 6, 6)), jnp.float32)
+
+
 class Loader:
     """An iterable that is no pytree, like a data loader; it counts its passes."""
 

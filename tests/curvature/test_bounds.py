@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
-from problems import KEY, Loader, W, cubic, cut, mlp_logits, mlp_params, softmax_loss, split
+from problems import KEY, Loader, W, convolution, cubic, cut, mlp_logits, mlp_params, softmax_loss, split
 
 from nso_jax.curvature import gauss_newton, hessian, pac_bayes_bound
 from nso_jax.curvature.bounds import _signs, losses_and_curvatures
@@ -197,17 +197,10 @@ def test_precision(dtype, tolerance):
 
 
 def test_convolution():
-    rng = np.random.default_rng(0)
-    params = {"kernel": jnp.asarray(rng.normal(size=(3, 1, 3, 3)), jnp.float32), "head": jnp.ones(3)}
+    loss, params, images = convolution()
     initial = jax.tree.map(jnp.zeros_like, params)
-    images = jnp.asarray(rng.normal(size=(6, 1, 6, 6)), jnp.float32)
-
-    def loss(params, batch):
-        maps = jax.lax.conv(batch, params["kernel"], (1, 1), "SAME")
-        return jnp.mean((jnp.mean(jax.nn.softplus(maps), axis=(2, 3)) @ params["head"]) ** 2)
-
-    bound = bound_of(loss, params, split(images, 4, 2), initial_params=initial, num_probes=60)
-    expected = exact(loss, params, initial, split(images, *[1] * 6), 6)
+    bound = bound_of(loss, params, split(images, 5, 3), initial_params=initial, num_probes=60)
+    expected = exact(loss, params, initial, split(images, *[1] * 8), 8)
     assert abs(bound.max_trace - expected["max_trace"]) <= 5 * bound.max_trace_standard_error
     assert bound.max_loss == pytest.approx(expected["max_loss"], rel=1e-5)
     assert bound.distance == pytest.approx(expected["distance"], rel=1e-5)

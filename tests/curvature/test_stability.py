@@ -12,6 +12,7 @@ from problems import (
     Loader,
     W,
     affine_quadratic,
+    convolution,
     cubic,
     per_example,
     quartic,
@@ -137,14 +138,7 @@ def test_gauss_newton_is_taken_as_its_loss():
 
 
 def test_convolution():
-    rng = np.random.default_rng(0)
-    params = {"kernel": jnp.asarray(rng.normal(size=(3, 1, 3, 3)), jnp.float32), "head": jnp.ones(3)}
-    images = jnp.asarray(rng.normal(size=(8, 1, 6, 6)), jnp.float32)
-
-    def loss(params, batch):
-        maps = jax.lax.conv(batch, params["kernel"], (1, 1), "SAME")
-        return jnp.mean((jnp.mean(jax.nn.softplus(maps), axis=(2, 3)) @ params["head"]) ** 2)
-
+    loss, params, images = convolution()
     table = gap(loss, params, split(images, 5, 3), sigmas=[0.03], num_samples=40)
     error = math.hypot(table.standard_error[0], table.quadratic_standard_error[0])
     assert abs(table.gap[0] - table.quadratic[0]) <= 5 * error + 0.01 * table.quadratic[0]
@@ -166,12 +160,11 @@ def test_callback_counts_evaluations_and_a_loss_is_compiled_once_for_each_shape(
     assert sorted(shapes) == [(6, 3), (6, 3), (12, 3), (12, 3)]  # once for the products, once for the loss
 
 
-def test_legacy_key_and_any_sampler():
+def test_any_sampler():
     def two_point(key, shape, dtype):
         return jax.random.rademacher(key, shape, dtype)
 
-    h = hessian(affine_quadratic, jnp.zeros(3), jnp.eye(3))
-    table = noise_stability_gap(jax.random.PRNGKey(0), h, sigmas=(1,), sampler=two_point)
+    table = gap(affine_quadratic, jnp.zeros(3), jnp.eye(3), sigmas=(1,), sampler=two_point)
     assert table.gap[0] == pytest.approx(1.5)
 
 

@@ -257,12 +257,6 @@ def test_trace_of_a_linear_loss_is_zero():
     assert estimate == (0.0, 0.0, 8, 0.0, 0.0)
 
 
-def test_legacy_key():
-    h = curvature.hessian(lambda w, _: jnp.sum(w**3), jnp.ones(3), None)
-    cubes = curvature.trace(jax.random.PRNGKey(0), h)
-    assert cubes.value == pytest.approx(18, rel=1e-6)
-
-
 # The diagonal
 
 
