@@ -54,7 +54,7 @@ class Programs:
 
     def __init__(self, loss: Loss) -> None:
         # JAX keeps what it has traced by the function: functions of this instance alone are traced anew.
-        own: list[Any] = [function and functools.partial(function) for function in loss]
+        own: list[Any] = [None if function is None else functools.partial(function) for function in loss]
         self.loss = Loss(*own)
         self._compiled: dict[Hashable, Any] = {}
         self.linearize = self.compiled(_linearized, static_argnames="flags")
