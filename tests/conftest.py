@@ -1,9 +1,8 @@
-"""Eight devices, unless XLA_FLAGS says otherwise, JAX as strict as it can be, and programs compiled once."""
+"""JAX as strict as it can be, and programs compiled once."""
 
 import os
 from pathlib import Path
 
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 # NumPy's threads wait for cores that XLA and other tests keep busy: small products then take ten times as long.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Compiling takes most of the tests' time: workers, programs that tests start and later runs find what is compiled.

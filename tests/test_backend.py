@@ -187,9 +187,6 @@ def test_what_is_computed_once_is_what_it_was(key, platform):
         np.testing.assert_array_equal(jax.vmap(double)(w), 2 * w)
         np.testing.assert_array_equal(jax.jit(jax.jacobian(double))(w[0]), 2 * jnp.eye(2))
         np.testing.assert_array_equal(jax.hessian(lambda w: jnp.sum(double(w) ** 2))(w[1]), 8 * jnp.eye(2))
-        mesh = jax.make_mesh((2,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
-        mapped = jax.shard_map(double, mesh=mesh, in_specs=jax.P("i"), out_specs=jax.P("i"))
-        np.testing.assert_array_equal(jax.jit(mapped)(w), 2 * w)
         others = (
             jnp.ones(2, jnp.bfloat16),
             jnp.ones((), jnp.complex64),

@@ -33,6 +33,11 @@ def test_the_code_of_a_page_runs(page, monkeypatch):
     if package and not importlib.util.find_spec(package):
         pytest.skip(f"{package} is not installed")
     monkeypatch.setattr(os, "environ", os.environ.copy())
+    run(page)
+
+
+def run(page):
+    """Its blocks, one after another, in one namespace."""
     namespace = {"__name__": "page"}
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         for number, block in enumerate(blocks(page), 1):

@@ -81,35 +81,6 @@ def test_typed_and_legacy_keys_draw_the_same():
     )
 
 
-def test_sharded_leaves_get_the_same_noise(key):
-    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
-    whole = {"w": jnp.zeros((16, 3))}
-    sharded = jax.device_put(whole, jax.NamedSharding(mesh, jax.P("d")))
-    np.testing.assert_array_equal(jax.jit(draw)(key, whole)["w"], jax.jit(draw)(key, sharded)["w"])
-
-
-@pytest.mark.parametrize("sampler", [noise.normal, noise.rademacher, noise.centered_binomial])
-@pytest.mark.parametrize("shape", [(512, 64), (64, 24), (24, 64), (40,), (8, 8), (3, 3, 16, 40)])
-def test_noise_for_sharded_leaves_needs_no_communication(key, sampler, shape):
-    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
-    whole = jax.jit(functools.partial(draw, sampler=sampler))(key, jnp.zeros(shape))
-    for axis, size in enumerate(shape):
-        if size % 8 == 0:
-            spec = jax.P(*[None] * axis, "d")
-            leaf = jax.device_put(jnp.zeros(shape), jax.NamedSharding(mesh, spec))
-            add = jax.jit(lambda key, w: noise.perturb(w, draw(key, w, sampler=sampler)))
-            program = add.lower(key, leaf).compile().as_text()
-            for collective in (
-                "all-gather",
-                "all-reduce",
-                "collective-permute",
-                "all-to-all",
-                "reduce-scatter",
-            ):
-                assert collective not in program
-            np.testing.assert_array_max_ulp(np.asarray(add(key, leaf)), np.asarray(whole), 4)
-
-
 @pytest.mark.parametrize("shape", [(7,), (2, 5), (48,), (6, 4), (3, 64), (64, 3)])
 @pytest.mark.parametrize("sampler", [noise.rademacher, noise.centered_binomial])
 def test_packed_bits_are_fair_and_independent_in_every_shape(sampler, shape):

@@ -233,19 +233,6 @@ def test_state_is_stable_under_cond(dtype, x64):
         state = new_state
 
 
-def test_state_and_updates_keep_the_sharding_type():
-    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))
-    tx = nso(num_samples=2)
-    with jax.set_mesh(mesh):
-        params = jax.device_put(jnp.ones((16, 2)), jax.P("d"))
-        state = tx.init(params)
-        step = jax.jit(lambda p, s: update(tx, lambda p: jnp.sum(p**2), p, s))
-        new_params, new_state = step(params, state)
-    assert jax.typeof(new_params) == jax.typeof(params)
-    for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(new_state), strict=True):
-        assert jax.typeof(new) == jax.typeof(old)
-
-
 def test_the_state_may_be_donated():
     key, params = jax.random.key(0), jnp.ones(2)
     tx = nso(key=key)

@@ -39,7 +39,9 @@ def test_every_form_of_use_is_seen(text, tmp_path):
 
 def test_the_librarys_own_tests_do_without_the_benchmarks():
     """They are in the sdist, where there are none."""
-    for path in [*ROOT.glob("tests/*.py"), *ROOT.glob("tests/curvature/*.py")]:
+    for path in itertools.chain(
+        *(ROOT.glob(f"{folder}/*.py") for folder in ("tests", "tests/curvature", "tests/devices"))
+    ):
         rooms = {HOUSE["_room_of"](name) for name in HOUSE["_named"](path)}
         assert rooms <= {"nso_jax", None}, path
 

@@ -311,24 +311,6 @@ def test_a_list_is_linearized_once_and_a_loader_in_every_pass():
     assert len(calls) == 2  # its own
 
 
-@pytest.mark.parametrize("axis_type", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
-def test_batches_may_be_sharded_over_devices(axis_type):
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
-    params, batch = mlp(jnp.float32)
-    batch = jax.tree.map(lambda x: x[:24], batch)
-    sharded = jax.device_put(batch, jax.NamedSharding(mesh, jax.P("data")))
-    replicated = jax.device_put(params, jax.NamedSharding(mesh, jax.P()))
-    tangent = random_tangent(params)
-    expected = curvature.hessian(mlp_loss, params, batch)(tangent)
-    result = curvature.hessian(mlp_loss, replicated, sharded)(tangent)
-    np.testing.assert_allclose(flat(result), flat(expected), rtol=1e-4, atol=1e-5)
-    whole, parts = (
-        curvature.trace(KEY, curvature.hessian(mlp_loss, *arguments), num_products=16)
-        for arguments in ((params, batch), (replicated, sharded))
-    )
-    assert whole.value == pytest.approx(parts.value, rel=1e-4)
-
-
 # Errors
 
 

@@ -17,14 +17,14 @@ from benchmarks.kit.options import Count, Output
 from tests.reliability import determinism, installation, kills, nonfinite, round_trips, soak
 from tests.reliability.outcome import Advance, Outcome
 
-# What Hypothesis tries: the row's name, the file of tests, and what they try.
+# What Hypothesis tries: the row's name, the files of tests, and what they try.
 PROPERTIES = {
     "random input": (
-        "test_properties.py",
+        ("test_properties.py", "test_bad_input.py"),
         "random trees, dtypes, shapes, prefixes and options, valid and not, against the exact identities",
     ),
     "random meshes": (
-        "test_meshes.py",
+        ("devices/test_meshes.py",),
         (
             "1 to 8 devices, losses with and without collectives, masks, metrics, dropout, microbatches, in "
             "shard_map with and without check_vma, pmap, vmap and on meshes, for value_and_grad, the rivals, "
@@ -103,9 +103,9 @@ def _lost(row: dict[str, Any]) -> int:
 
 def _properties(name: str, options: Options, advance: Advance) -> Outcome:
     """A row of property tests, run as `make nightly` does."""
-    file, note = PROPERTIES[name]
-    tests = str(ROOT / "tests" / file)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", tests]
+    files, note = PROPERTIES[name]
+    tests = [str(ROOT / "tests" / file) for file in files]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
     environment = os.environ | {"HYPOTHESIS_PROFILE": options.profile}
     done = subprocess.run(  # noqa: S603  # a command of ours
         [*command, "--hypothesis-show-statistics"],

@@ -19,10 +19,10 @@ def strict():
 @pytest.mark.parametrize(
     "row",
     [
-        functools.partial(kills.harness, 2),
-        functools.partial(kills.script, 2),
+        functools.partial(kills.harness, 1),
+        functools.partial(kills.script, 1),
         kills.damaged,
-        functools.partial(kills.damaged_lines, 2),
+        functools.partial(kills.damaged_lines, 1),
     ],
     ids=["harness", "script", "damaged", "lines"],
 )
@@ -30,7 +30,7 @@ def test_nothing_is_lost(row):
     done = []
     made = row(done.append)
     assert isinstance(made, outcome.Outcome)
-    assert made.survived == made.tried == sum(done) >= 2
+    assert made.survived == made.tried == sum(done) >= 1
 
 
 @pytest.mark.slow

@@ -17,13 +17,6 @@ from tests.reliability import entry_points, nonfinite
 PATIENCE = 3
 
 
-@pytest.mark.slow
-def test_no_fault_is_averaged_away_and_training_goes_on():
-    advances = []
-    outcome = nonfinite.nonfinite(1, advances.append)
-    assert outcome.survived == outcome.tried == len(advances) == sum(advances) > 50
-
-
 def test_exactly_one_evaluation_is_hit(key):
     """The fault in one draw is in one draw, and it is enough."""
     rng = np.random.default_rng(0)

@@ -79,6 +79,6 @@ def test_the_command_leaves_its_figures(tmp_path, monkeypatch):
 
 
 def test_property_tests_that_do_not_run_are_an_error(monkeypatch, tmp_path):
-    monkeypatch.setitem(command.PROPERTIES, "random input", (str(tmp_path / "nowhere.py"), ""))
+    monkeypatch.setitem(command.PROPERTIES, "random input", ((str(tmp_path / "nowhere.py"),), ""))
     with pytest.raises(cli.UserError, match="the property tests did not run"):
         command._properties("random input", command.Options(profile="test"), lambda _: None)

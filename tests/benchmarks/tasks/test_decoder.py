@@ -1,7 +1,5 @@
 """A decoder-only Transformer: its sizes and identities."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,24 +66,3 @@ def test_turned_queries_and_keys_know_their_distance_alone():
     for distance in range(LENGTH):
         np.testing.assert_allclose(jnp.diagonal(products, distance), products[0, distance], atol=1e-5)
     np.testing.assert_allclose(products[0, 0], query @ key, rtol=1e-5)
-
-
-@pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
-@pytest.mark.parametrize("tensor", [1, 2])
-def test_sharded_and_whole_params_give_one_gradient(params, batch, tensor):
-    mesh = _mesh(jax.devices()[:8], tensor)
-    specs = decoder.partition(params, "data", "tensor")
-    placed = jax.tree.map(lambda w, spec: jax.device_put(w, jax.NamedSharding(mesh, spec)), params, specs)
-    assert {w.sharding.num_devices for w in jax.tree.leaves(placed)} == {8}
-    split = jax.NamedSharding(mesh, jax.P("data"))
-    loss = functools.partial(decoder.loss, size=TINY, dtype=jnp.float32)
-    whole = jax.jit(jax.value_and_grad(loss))(params, batch)
-    sharded = jax.jit(jax.value_and_grad(functools.partial(loss, sharding=split)))(
-        placed, jax.device_put(batch, split)
-    )
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), sharded, whole)
-
-
-def _mesh(devices, tensor):
-    auto = (jax.sharding.AxisType.Auto,) * 2
-    return jax.make_mesh((8 // tensor, tensor), ("data", "tensor"), axis_types=auto, devices=devices)

@@ -9,8 +9,6 @@ from rich.progress import Progress
 from benchmarks.cost import communication
 from tests.benchmarks.conftest import assert_shown
 
-pytestmark = pytest.mark.usefixtures("as_strict_as_the_library")
-
 
 @pytest.fixture(scope="module")
 def sent():
