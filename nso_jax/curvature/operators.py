@@ -298,11 +298,7 @@ def gauss_newton(
     Args:
       model: `model(params, batch)` gives the outputs, an array or a pytree of real arrays.
       loss: `loss(outputs, batch)` is the mean loss over the batch, a real scalar.
-      params: as in `hessian`.
-      batches: as in `hessian`.
-      mask: as in `hessian`.
-      weight: as in `hessian`.
-      chunk_size: as in `hessian`.
+      params, batches, mask, weight, chunk_size: as in `hessian`.
 
     Returns:
       The `CurvatureMatrix`, as `hessian` does.

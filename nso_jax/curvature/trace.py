@@ -153,8 +153,7 @@ def diagonal(
         which takes two for a probe, and 2 for "hutchinson".
       rtol: stop as soon as the standard errors are at most `rtol` times the estimate, both as Euclidean norms
         over all entries, looking after every 8 probes. None: take all the products.
-      param_labels: as in `trace`.
-      callback: as in `trace`.
+      param_labels, callback: as in `trace`.
 
     Returns:
       An `Estimate` whose `value` and `standard_error` are pytrees like `params`, in float64 NumPy arrays.
