@@ -18,7 +18,7 @@ FLOORS = (
     ("tests/reliability",),
     ("benchmarks",),
 )
-WIDTH, HEIGHT = 10.0, 8.5  # inches
+WIDTH, GAP, LINE = 10.0, 0.8, 0.14  # inches
 
 
 def modules() -> dict[str, list[str]]:
@@ -87,19 +87,24 @@ def main() -> None:
     """Draws the rooms floor by floor, with their modules."""
     from matplotlib.figure import Figure  # noqa: PLC0415
 
-    figure = Figure(figsize=(WIDTH, HEIGHT), dpi=110)
-    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, WIDTH), ylim=(0, len(FLOORS)))
+    names = {
+        room: textwrap.fill("   ".join(modules()[room]), 110 if len(floor) == 1 else 42)
+        for floor in FLOORS
+        for room in floor
+    }
+    heights = [GAP + LINE * max(names[room].count("\n") for room in floor) for floor in FLOORS]
+    figure = Figure(figsize=(WIDTH, sum(heights)), dpi=110)
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, WIDTH), ylim=(0, sum(heights)))
     axes.axis("off")
     box = {"boxstyle": "round,pad=0.6", "facecolor": "#eef4fa", "edgecolor": "#0072B2"}
     rooms = {}
-    for y, floor in enumerate(FLOORS):
+    for number, floor in enumerate(FLOORS):
+        y = sum(heights[:number]) + heights[number] / 2
         for i, room in enumerate(floor):
-            names = textwrap.fill("   ".join(modules()[room]), 90 if len(floor) == 1 else 42)
             title = rf"$\bf{{{room}}}$".replace("_", r"\_")
-            place = WIDTH * (i + 0.5) / len(floor), y + 0.5
-            rooms[room] = axes.text(
-                *place, f"{title}\n{names}", ha="center", va="center", fontsize=8, bbox=box
-            )
+            text = f"{title}\n{names[room]}"
+            place = WIDTH * (i + 0.5) / len(floor), y
+            rooms[room] = axes.text(*place, text, ha="center", va="center", fontsize=8, bbox=box)
     figure.draw_without_rendering()  # places the boxes
     for room, other in arrows():
         ends = [rooms[name].get_position() for name in (other, room)]

@@ -17,6 +17,7 @@ import optax
 _DYNAMIC = {
     "noise_stability": ("sigma", "clean_weight"),
     "nso": ("sigma", "clean_weight"),
+    "ivon": ("learning_rate", "weight_decay", "b1", "b2", "initial_hessian"),
     "bsam": ("learning_rate", "rho", "weight_decay", "damping", "b1", "b2", "initial_precision"),
 }
 _INJECTING = "inject_hyperparams.<locals>.wrapped_transform.<locals>."
@@ -36,7 +37,7 @@ def check_not_in_multi_steps(name: str) -> None:
         )
         raise ValueError(
             f"{name}: optax.MultiSteps around it would keep the last microbatch's gradient alone; "
-            f"{'' if name == 'bsam' else inside}split the batch with nso_jax.parallel.microbatch."
+            f"{'' if name in ('bsam', 'ivon') else inside}split the batch with nso_jax.parallel.microbatch."
         )
 
 
@@ -56,7 +57,7 @@ def check_injected(*also_static: str) -> None:
     if dynamic and wrong:
         static = tuple(name for name in parameters if name not in dynamic)
         name, first = unwrapped(factory).__name__, _dynamic(factory)[0]
-        module = "nso_jax.sharpness" if name == "bsam" else "nso_jax"
+        module = "nso_jax.sharpness" if name in ("bsam", "ivon") else "nso_jax"
         raise TypeError(
             f"{', '.join(wrong)}: optax.inject_hyperparams makes schedules of functions and arrays of "
             "numbers, which these cannot be. Write "
@@ -95,6 +96,14 @@ def unwrapped(function: Any) -> Any:
     while isinstance(function, functools.partial):
         function = function.func
     return function
+
+
+def takes_batch(method: Any) -> bool:
+    """Whether a method has to know which arguments carry examples, as `sharpness.mrwp`, which halves them."""
+    try:
+        return "batch_argnums" in inspect.signature(method).parameters
+    except (TypeError, ValueError):  # some callables have no signature
+        return False
 
 
 def _callers() -> Iterator[FrameType]:

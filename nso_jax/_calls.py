@@ -1,4 +1,4 @@
-"""Arguments and results of loss and gradient functions, as `jax.value_and_grad` and optax have them."""
+"""A loss as a function of what is differentiated, and what it returns, as `jax.value_and_grad` has them."""
 
 import contextlib
 import inspect
@@ -7,21 +7,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import optax
 
 from nso_jax._axes import own_loss
-from nso_jax._callers import check_not_in_multi_steps
 from nso_jax._checks import (
     PyTree,
     check_inexact,
     check_loss,
     describe,
-    dtype_of,
-    is_inexact,
+    is_numeric,
     leaf_name,
 )
-from nso_jax.noise import widen
 
 Loss = Callable[[PyTree], tuple[jax.Array, PyTree]]
 Argnums = int | tuple[int, ...]
@@ -76,7 +71,7 @@ def as_loss(out: Any, *, has_aux: bool) -> tuple[jax.Array, PyTree]:
         raise TypeError(f"fun: has_aux is True, so expected a pair (loss, aux), got {describe(out)}.")
     value, aux_out = out if has_aux else (out, None)
     for path, leaf in jax.tree.leaves_with_path(aux_out):
-        if not _is_numeric(dtype_of(leaf)):
+        if not is_numeric(leaf):
             raise TypeError(
                 f"fun: leaf {leaf_name(path)} of the auxiliary output is {describe(leaf)}, expected arrays "
                 "or numbers."
@@ -105,55 +100,6 @@ def check_aux_modes(aux: PyTree, modes: tuple[str, ...]) -> None:
             raise ValueError(
                 f"aux: expected one of {', '.join(map(repr, modes))}, or a pytree of them, got {mode!r}."
             )
-
-
-def summed(stacks: list[jax.Array]) -> list[jax.Array]:
-    """The sums over the leading axes, in float32 or int32 at least; floats are rounded once."""
-    return [
-        jnp.sum(widen(x), axis=0).astype(x.dtype) if is_inexact(x) else jnp.sum(x, axis=0) for x in stacks
-    ]
-
-
-def cast_like(tree: PyTree, like: PyTree) -> PyTree:
-    """`tree` with the dtypes of `like`, leaf by leaf."""
-    return jax.tree.map(lambda x, y: x.astype(jnp.result_type(y)), tree, like)
-
-
-def check_update_arguments(name: str, params: PyTree, grad_fn: Any) -> None:
-    """Raises ValueError or TypeError unless a transformation got what it needs to evaluate the loss."""
-    check_not_in_multi_steps(name)
-    call = "call update(updates, state, params, grad_fn=grad_fn)."
-    if params is None:
-        raise ValueError(f"params: {name} perturbs them, but got None; {call}")
-    if not callable(grad_fn):
-        found = describe(grad_fn)
-        raise TypeError(f"grad_fn: expected a function (params, i) -> gradients, got {found}; {call}")
-    nodes = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
-    if any(isinstance(x, optax.MaskedNode) for x in nodes):
-        raise ValueError(
-            "params: some are optax.MaskedNode, which no loss can take. Put optax.masked and optax.partition "
-            f"inside, around what follows {name}. To perturb some leaves only, use mask."
-        )
-    check_inexact(params)
-
-
-def check_like_params(name: str, grads: PyTree, params: PyTree) -> None:
-    """Raises ValueError or TypeError unless gradients have the structure and shapes of the params."""
-    given: Any = jax.tree.structure(grads)
-    expected: Any = jax.tree.structure(params)
-    if given != expected:
-        raise ValueError(f"{name}: expected a pytree like params, {expected}, got {given}.")
-    for (path, leaf), w in zip(jax.tree.leaves_with_path(grads), jax.tree.leaves(params), strict=True):
-        if not _is_numeric(dtype_of(leaf)) or jnp.shape(leaf) != jnp.shape(w):
-            raise ValueError(
-                f"{name}: leaf {leaf_name(path)} is {describe(leaf)}, expected the shape of {describe(w)}."
-            )
-    check_inexact(grads, name)
-
-
-def _is_numeric(dtype: Any) -> bool:
-    kinds = (jnp.number, jnp.bool_, jax.dtypes.extended)
-    return dtype is not None and any(jnp.issubdtype(dtype, kind) for kind in kinds)
 
 
 def _select(args: tuple[Any, ...], argnums: Argnums) -> PyTree:

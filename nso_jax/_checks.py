@@ -50,6 +50,13 @@ def is_inexact(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
+def is_numeric(leaf: Any) -> bool:
+    """Whether a value is an array or a Python number: of numbers, bools or PRNG keys."""
+    dtype = dtype_of(leaf)
+    kinds = (jnp.number, jnp.bool_, jax.dtypes.extended)
+    return dtype is not None and any(jnp.issubdtype(dtype, kind) for kind in kinds)
+
+
 def is_function(option: Any) -> bool:
     """Whether an option is to be called; a module with `__call__` (Equinox) is a pytree of values instead."""
     return callable(option) and jax.tree_util.all_leaves([option])
@@ -165,6 +172,17 @@ def check_inexact(params: PyTree, name: str = "params") -> None:
                 "Differentiate the inexact leaves alone and pass the others as another argument: "
                 "params, rest = eqx.partition(model, eqx.is_inexact_array) splits an Equinox module, "
                 "and eqx.combine(params, rest) in the loss joins them; in a dict, take them out."
+            )
+
+
+def check_real_params(name: str, params: PyTree) -> None:
+    """Raises TypeError if a leaf is not real: what `name` says of a weight's variance is for these."""
+    check_inexact(params)
+    for path, leaf in jax.tree.leaves_with_path(params):
+        if jnp.iscomplexobj(leaf):
+            raise TypeError(
+                f"params: leaf {leaf_name(path)} is {describe(leaf)}, but {name} is for real weights; give "
+                "the real and the imaginary part as two leaves."
             )
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from nso_jax import _tracing
 from nso_jax._axes import localize_like, own_loss
 from nso_jax._checks import PyTree
-from nso_jax.noise import widen
+from nso_jax._precision import widen
 
 
 def traced(function: Callable[[PyTree], Any], x: PyTree) -> tuple[Callable[[PyTree], Any], bool]:

@@ -1,20 +1,20 @@
 """A batch in parts: what `parallel.microbatch` and its NNX form do with each part, and with what it gives."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from nso_jax import _backend, gradients, noise
-from nso_jax._axes import AxisName, check_axes, combine_over_axis, copies_along, localize, weighed
+from nso_jax import _backend, gradients
+from nso_jax._axes import Axes, weighed
 from nso_jax._calls import as_argnums, check_aux_modes
 from nso_jax._checks import (
     PyTree,
     broadcast_prefix,
     check_count,
-    check_flag,
     check_function,
     check_scalar,
     describe,
@@ -22,6 +22,7 @@ from nso_jax._checks import (
     is_inexact,
     leaf_name,
 )
+from nso_jax._precision import widen
 
 Batch = dict[int, PyTree]  # arguments that carry examples, by their numbers
 Weight = Callable[..., Any]  # of the arguments of a loss: how much its value counts
@@ -29,24 +30,122 @@ Weight = Callable[..., Any]  # of the arguments of a loss: how much its value co
 _ADDED = ("mean", "sum")
 
 
-def microbatch_options(
-    fn: Any, num_microbatches: Any, *, weight: Any, aux: PyTree, axis_name: Any, independent_draws: Any
-) -> dict[str, Any]:
-    """The options of `mean_over_parts`; raises TypeError or ValueError if `microbatch` cannot work."""
-    check_function("fn", fn, "a function fn(key, *args)")
-    check_count("num_microbatches", num_microbatches)
-    if weight is not None:
-        check_function("weight", weight, "a function of the arguments of the loss")
-    check_aux_modes(aux, gradients.AUX_MODES)
-    check_axes(axis_name)
-    check_flag("independent_draws", independent_draws)
-    return {
-        "count": num_microbatches,
-        "weight": weight,
-        "modes": "mean" if aux == "mean" else (("mean", aux), "mean"),
-        "axis_name": axis_name,
-        "independent_draws": independent_draws,
-    }
+@dataclasses.dataclass(frozen=True, eq=False)
+class Parts:
+    """How a batch is split, and what becomes of what is computed for its parts.
+
+    Attributes:
+      count: m, how many parts.
+      weight: how much the loss of a part counts; None: all alike.
+      aux: what becomes of auxiliary output.
+      axes: along which all is averaged in the end.
+    """
+
+    count: int
+    weight: Weight | None
+    aux: PyTree
+    axes: Axes
+
+    def __post_init__(self) -> None:
+        """Raises TypeError or ValueError for what cannot be."""
+        check_count("num_microbatches", self.count)
+        if self.weight is not None:
+            check_function("weight", self.weight, "a function of the arguments of the loss")
+        check_aux_modes(self.aux, gradients.AUX_MODES)
+
+    @property
+    def modes(self) -> PyTree:
+        """What becomes of `((value, aux), grads)`, as a prefix of it."""
+        return "mean" if self.aux == "mean" else (("mean", self.aux), "mean")
+
+    def call(
+        self,
+        fn: Callable[..., PyTree],
+        key: jax.Array,
+        fixed: list[Any],
+        batch: Batch,
+        kwargs: dict[str, Any],
+    ) -> PyTree:
+        """The mean of what `fn` gives for the parts of a batch."""
+
+        def evaluate(
+            i: Any, key: jax.Array, examples: Batch, others: PyTree, state: PyTree
+        ) -> tuple[PyTree, PyTree]:
+            fixed, kwargs = others if self.count == 1 else fold_keys(others, i)
+            with _forgotten_named(fixed, batch):
+                return fn(key, *join(fixed, examples), **kwargs), state
+
+        def weight_of(examples: Batch, others: PyTree) -> Any:
+            fixed, kwargs = others
+            return self.weight(*join(fixed, examples), **kwargs)  # type: ignore[misc]  # only called if given
+
+        return self.mean(evaluate, key, batch, others=(fixed, kwargs), state=(), weight_of=weight_of)[0]
+
+    def mean(
+        self,
+        evaluate: Callable[[Any, jax.Array, Batch, PyTree, PyTree], tuple[PyTree, PyTree]],
+        key: jax.Array,
+        batch: Batch,
+        *,
+        others: PyTree,
+        state: PyTree,
+        weight_of: Callable[[Batch, PyTree], Any],
+    ) -> tuple[PyTree, PyTree]:
+        """The mean of `out, state = evaluate(i, key_i, part i, others, state)`, and the last state.
+
+        `weight_of(part, others)` is how much a part counts, if there is a `weight`.
+        """
+        (batch, others, state), key = self.axes.localize((batch, others, state), key)
+        count = self.count
+        keys = jax.random.split(key, count) if count > 1 else [key]
+
+        def part(i: Any) -> Batch:
+            def examples(x: Any) -> jax.Array:
+                interleaved = jnp.reshape(x, (x.shape[0] // count, count, *x.shape[1:]))
+                return jax.lax.dynamic_index_in_dim(interleaved, i, axis=1, keepdims=False)
+
+            return batch if count == 1 else jax.tree.map(examples, batch)
+
+        def on_part(i: Any, state: PyTree) -> tuple[PyTree, PyTree, Any]:
+            """What a part gives, the state after it, and how much it counts."""
+            examples = part(i)
+            out, moved = evaluate(i, keys[i], examples, others, state)
+            if self.weight is None:
+                return out, moved, None
+            counts = _as_weight(weight_of(examples, others))
+            return out, jax.tree.map(lambda new, old: _unless_zero(counts, new, old), moved, state), counts
+
+        def add(carry: tuple[Any, PyTree], i: Any) -> tuple[tuple[Any, PyTree], list[jax.Array]]:
+            so_far, state = carry
+            out, state, counts = on_part(i, state)
+            leaves = jax.tree.leaves(out)
+            terms = _terms(leaves, reductions, counts), counts
+            return (jax.tree.map(jnp.add, so_far, terms), state), _kept(leaves, reductions)
+
+        with self.axes.copies():
+            first = on_part(0, state) if count == 1 else jax.eval_shape(lambda: on_part(0, state))
+            leaves, treedef = jax.tree.flatten(first[0])
+            reductions = _reductions(
+                broadcast_prefix("aux", self.modes, first[0]), first[0], _length(batch) // count
+            )
+            if count == 1:
+                _, state, counts = first
+                totals, kept = (
+                    _terms(leaves, reductions, counts),
+                    [x[None] for x in _kept(leaves, reductions)],
+                )
+            else:
+                zeros = [
+                    jnp.zeros_like(x) if reduction in _ADDED else None
+                    for x, reduction in zip(leaves, reductions, strict=True)
+                ]
+                start = _terms(zeros, reductions, None), jax.tree.map(jnp.zeros_like, first[2])
+                ((totals, counts), state), kept = _backend.loop(add, (start, state), count, key)
+
+        out = _joined(leaves, reductions, totals, kept, count if counts is None else counts)
+        over_axis = [reduction if reduction in _ADDED else "local" for reduction in reductions]
+        out, state = self.axes.combine((out, state), (over_axis, "mean"), counts)
+        return jax.tree.unflatten(treedef, out), state
 
 
 def batch_numbers(batch_argnums: int | Sequence[int], name: str = "batch_argnums") -> tuple[int, ...]:
@@ -87,33 +186,6 @@ def join(fixed: list[Any], batch: Batch) -> list[Any]:
     return [batch.get(i, arg) for i, arg in enumerate(fixed)]
 
 
-def call_on_parts(
-    fn: Callable[..., PyTree],
-    key: jax.Array,
-    fixed: list[Any],
-    batch: Batch,
-    kwargs: dict[str, Any],
-    *,
-    weight: Weight | None,
-    **options: Any,
-) -> PyTree:
-    """The mean of what `fn` gives for the parts of a batch."""
-
-    def evaluate(
-        i: Any, key: jax.Array, examples: Batch, others: PyTree, state: PyTree
-    ) -> tuple[PyTree, PyTree]:
-        fixed, kwargs = others if options["count"] == 1 else fold_keys(others, i)
-        with _forgotten_named(fixed, batch):
-            return fn(key, *join(fixed, examples), **kwargs), state
-
-    def weight_of(examples: Batch, others: PyTree) -> Any:
-        fixed, kwargs = others
-        return weight(*join(fixed, examples), **kwargs)  # type: ignore[misc]  # only called if given
-
-    options["weight"] = weight and weight_of
-    return mean_over_parts(evaluate, key, batch, (fixed, kwargs), (), **options)[0]
-
-
 @contextlib.contextmanager
 def _forgotten_named(fixed: list[Any], batch: Batch) -> Iterator[None]:
     """Notes on an error which arguments may be missing among those of the batch."""
@@ -130,120 +202,54 @@ def _forgotten_named(fixed: list[Any], batch: Batch) -> Iterator[None]:
         raise
 
 
-def mean_over_parts(
-    evaluate: Callable[[Any, jax.Array, Batch, PyTree, PyTree], tuple[PyTree, PyTree]],
-    key: jax.Array,
-    batch: Batch,
-    others: PyTree,
-    state: PyTree,
-    *,
-    count: int,
-    weight: Weight | None,
-    modes: PyTree,
-    axis_name: AxisName | None,
-    independent_draws: bool,
-) -> tuple[PyTree, PyTree]:
-    """The mean of `out, state = evaluate(i, key_i, part i of the batch, others, state)`, and the last state.
-
-    `weight(part, others)` is how much a part counts, and `modes`, a prefix of `out`, what becomes of its
-    leaves.
-    """
-    (batch, others, state), key = localize(
-        (batch, others, state), key, axis_name, independent_draws=independent_draws
-    )
-    keys = jax.random.split(key, count) if count > 1 else [key]
-
-    def part(i: Any) -> Batch:
-        def examples(x: Any) -> jax.Array:
-            interleaved = jnp.reshape(x, (x.shape[0] // count, count, *x.shape[1:]))
-            return jax.lax.dynamic_index_in_dim(interleaved, i, axis=1, keepdims=False)
-
-        return batch if count == 1 else jax.tree.map(examples, batch)
-
-    def on_part(i: Any, state: PyTree) -> tuple[PyTree, PyTree, Any]:
-        """What a part gives, the state after it, and how much it counts."""
-        examples = part(i)
-        out, moved = evaluate(i, keys[i], examples, others, state)
-        if weight is None:
-            return out, moved, None
-        counts = _as_weight(weight(examples, others))
-        return out, jax.tree.map(lambda new, old: _unless_zero(counts, new, old), moved, state), counts
-
-    def add(carry: tuple[Any, PyTree], i: Any) -> tuple[tuple[Any, PyTree], list[jax.Array]]:
-        so_far, state = carry
-        out, state, counts = on_part(i, state)
-        leaves = jax.tree.leaves(out)
-        terms = _terms(leaves, fates, counts), counts
-        return (jax.tree.map(jnp.add, so_far, terms), state), _kept(leaves, fates)
-
-    with copies_along(axis_name):
-        first = on_part(0, state) if count == 1 else jax.eval_shape(lambda: on_part(0, state))
-        leaves, treedef = jax.tree.flatten(first[0])
-        fates = _fates(broadcast_prefix("aux", modes, first[0]), first[0], _length(batch) // count)
-        if count == 1:
-            _, state, counts = first
-            totals, kept = _terms(leaves, fates, counts), [x[None] for x in _kept(leaves, fates)]
-        else:
-            zeros = [
-                jnp.zeros_like(x) if fate in _ADDED else None for x, fate in zip(leaves, fates, strict=True)
-            ]
-            start = _terms(zeros, fates, None), jax.tree.map(jnp.zeros_like, first[2])
-            ((totals, counts), state), kept = _backend.loop(add, (start, state), count, key)
-
-    out = _joined(leaves, fates, totals, kept, count if counts is None else counts)
-    over_axis = [fate if fate in _ADDED else "local" for fate in fates]
-    out, state = combine_over_axis((out, state), axis_name, (over_axis, "mean"), counts)
-    return jax.tree.unflatten(treedef, out), state
-
-
-def _fates(modes: list[str], like: PyTree, num_examples: int) -> list[str]:
+def _reductions(modes: list[str], like: PyTree, num_examples: int) -> list[str]:
     """What becomes of each leaf over the parts: "mean", "sum", "concatenate" or, without a mean, "first"."""
-    fates = []
+    reductions = []
     for mode, (path, leaf) in zip(modes, jax.tree.leaves_with_path(like), strict=True):
         if mode == "concatenate" and leaf.shape[:1] != (num_examples,):
             raise ValueError(
                 f"aux: leaf {leaf_name(path)} of what fn returns is {describe(leaf)}, but to concatenate it "
                 f"needs an entry for each of {num_examples} examples along its leading axis."
             )
-        fates.append(mode if mode in ("sum", "concatenate") else "mean" if is_inexact(leaf) else "first")
-    return fates
+        reductions.append(mode if mode in ("sum", "concatenate") else "mean" if is_inexact(leaf) else "first")
+    return reductions
 
 
-def _terms(leaves: list[Any], fates: list[str], counts: Any) -> list[jax.Array]:
+def _terms(leaves: list[Any], reductions: list[str], counts: Any) -> list[jax.Array]:
     """A part's terms in the sums, in float32 or int32 at least; zero if it does not count."""
     terms = []
-    for x, fate in zip(leaves, fates, strict=True):
-        if fate in _ADDED:
-            term = noise.widen(x) if is_inexact(x) else jnp.sum(jnp.asarray(x)[None], axis=0)
+    for x, reduction in zip(leaves, reductions, strict=True):
+        if reduction in _ADDED:
+            term = widen(x) if is_inexact(x) else jnp.sum(jnp.asarray(x)[None], axis=0)
             if counts is not None:
-                term = weighed(term, counts if fate == "mean" else jnp.sign(counts))
+                term = weighed(term, counts if reduction == "mean" else jnp.sign(counts))
             terms.append(term)
     return terms
 
 
-def _kept(leaves: list[Any], fates: list[str]) -> list[Any]:
-    return [x for x, fate in zip(leaves, fates, strict=True) if fate not in _ADDED]
+def _kept(leaves: list[Any], reductions: list[str]) -> list[Any]:
+    return [x for x, reduction in zip(leaves, reductions, strict=True) if reduction not in _ADDED]
 
 
 def _joined(
-    leaves: list[Any], fates: list[str], totals: list[jax.Array], kept: list[jax.Array], counts: Any
+    leaves: list[Any], reductions: list[str], totals: list[jax.Array], kept: list[jax.Array], counts: Any
 ) -> list[jax.Array]:
     """Each leaf of the result, from the sums over the parts and from what was kept of each part."""
     sums, parts = iter(totals), iter(kept)
 
-    def join(leaf: Any, fate: str) -> jax.Array:
-        if fate == "mean":
+    def join(leaf: Any, reduction: str) -> jax.Array:
+        if reduction == "mean":
             total = next(sums)
             return (total / jnp.asarray(counts).astype(total.dtype)).astype(leaf.dtype)
-        if fate == "sum":
+        if reduction == "sum":
             return next(sums).astype(leaf.dtype) if is_inexact(leaf) else next(sums)
         of_parts = next(parts)
-        if fate == "first":
+        if reduction == "first":
             return of_parts[0]
         in_order = jnp.swapaxes(of_parts, 0, 1)  # part i has the examples i, i + m, i + 2m, ...
         return in_order.reshape(-1, *in_order.shape[2:])
 
-    return [join(leaf, fate) for leaf, fate in zip(leaves, fates, strict=True)]
+    return [join(leaf, reduction) for leaf, reduction in zip(leaves, reductions, strict=True)]
 
 
 def _as_weight(weight: Any) -> jax.Array:

@@ -4,37 +4,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from nso_jax import _backend, noise
-from nso_jax._axes import (
-    AxisName,
-    check_axes,
-    combine_over_axis,
-    copies_along,
-    leaf_specs,
-    localize,
-    other_axes,
-)
-from nso_jax._calls import as_argnums, bind, cast_like, check_aux_modes, named_after, summed
-from nso_jax._checks import (
-    PyTree,
-    as_key,
-    broadcast_prefix,
-    check_count,
-    check_flag,
-    check_function,
-    check_sampler,
-    check_scalar,
-    is_inexact,
-)
+from nso_jax import noise
+from nso_jax._axes import Axes, AxisName
+from nso_jax._calls import as_argnums, bind, check_aux_modes, named_after
+from nso_jax._checks import PyTree, as_key, broadcast_prefix, check_flag, check_function, is_inexact
+from nso_jax._draws import Draws
+from nso_jax._precision import summed
 from nso_jax.noise import Sampler, Sigma
 
 __all__ = ["value_and_grad"]
 
 AUX_MODES = ("mean", "sum", "concatenate", "stack", "clean")
-
-Evaluate = Callable[[PyTree, jax.Array], tuple[PyTree, PyTree]]
 
 
 def value_and_grad(
@@ -135,19 +116,8 @@ def value_and_grad(
     """
     check_function("fun", fun)
     argnums = as_argnums("argnums", argnums)
-    options = {
-        "sigma": sigma,
-        "num_samples": num_samples,
-        "antithetic": antithetic,
-        "sampler": sampler,
-        "mask": mask,
-        "clean_weight": clean_weight,
-        "chunk_size": chunk_size,
-        "axis_name": axis_name,
-        "independent_draws": independent_draws,
-        "param_specs": param_specs,
-    }
-    check_options(**options)
+    draws = Draws(sigma, num_samples, antithetic, sampler, mask, clean_weight, chunk_size)
+    axes = Axes(axis_name, independent_draws, param_specs)
     check_flag("has_aux", has_aux)
     check_aux_modes(aux, AUX_MODES)
 
@@ -156,179 +126,40 @@ def value_and_grad(
         loss, params = bind(fun, args, kwargs, argnums, has_aux=has_aux)
         value_like, aux_like = jax.eval_shape(loss, params)
         modes = broadcast_prefix("aux", aux, aux_like)
-        fates = _fates(modes, aux_like)
+        reductions = _reductions(modes, aux_like)
 
         def evaluate(params: PyTree, _: Any) -> tuple[PyTree, PyTree]:
             (value, aux_out), grads = jax.value_and_grad(loss, has_aux=True)(params)
-            leaves = _by_fate(aux_out, fates)
+            leaves = _by_reduction(aux_out, reductions)
             return (value, grads, leaves["mean"]), (leaves["first"], leaves["sum"], leaves["stack"])
 
-        (value, grads, means), (firsts, terms, stacks) = mean_over_draws(
+        (value, grads, means), (firsts, terms, stacks) = draws.mean(
             evaluate,
             key,
             params,
+            axes=axes,
             clean=lambda params: evaluate(params, None)[0],
-            like=(value_like, params, _by_fate(aux_like, fates)["mean"]),
-            **options,
+            like=(value_like, params, _by_reduction(aux_like, reductions)["mean"]),
         )
         leaves = {
             "mean": iter(means),
             "first": iter([leaf[0] for leaf in firsts]),
             "sum": iter(summed(terms)),
             "stack": iter(stacks),
-            "clean": iter(_by_fate(loss(params)[1], fates)["clean"] if "clean" in fates else []),
+            "clean": iter(
+                _by_reduction(loss(params)[1], reductions)["clean"] if "clean" in reductions else []
+            ),
         }
-        aux_out = [next(leaves[fate]) for fate in fates]
+        aux_out = [next(leaves[reduction]) for reduction in reductions]
         over_axis = ["mean" if mode == "clean" else mode for mode in modes]
-        (value, aux_out), grads = combine_over_axis(
-            ((value, aux_out), grads), axis_name, (("mean", over_axis), "mean")
-        )
+        (value, aux_out), grads = axes.combine(((value, aux_out), grads), (("mean", over_axis), "mean"))
         aux_out = jax.tree.unflatten(jax.tree.structure(aux_like), aux_out)
         return ((value, aux_out) if has_aux else value), grads
 
     return named_after(fun, value_and_grad_fn, "Value and gradient, averaged over weight noise,")
 
 
-def mean_over_draws(
-    evaluate: Evaluate,
-    key: jax.Array,
-    params: PyTree,
-    *,
-    clean: Callable[[PyTree], PyTree],
-    like: PyTree,
-    sigma: Sigma,
-    num_samples: int,
-    antithetic: bool,
-    sampler: Sampler,
-    mask: PyTree,
-    clean_weight: Any,
-    chunk_size: int | None,
-    axis_name: AxisName | None,
-    independent_draws: bool,
-    param_specs: PyTree,
-) -> tuple[PyTree, PyTree]:
-    """The mean of `evaluate` over a device's draws: what `value_and_grad` and the optax adapter share.
-
-    Args:
-      evaluate: `evaluate(params, i) -> (averaged, kept)` at perturbed params, i the evaluation's index in
-        the order +1, -1, +2, -2, ...
-      key: a typed PRNG key.
-      params: the unperturbed params.
-      clean: what `averaged` is at the unperturbed params; called only if it is weighted.
-      like: a pytree like `averaged`, with the dtypes in which it is returned.
-      sigma: as in `value_and_grad`, like all that follow.
-      num_samples: k.
-      antithetic: whether to evaluate pairs.
-      sampler: the noise.
-      mask: the perturbed leaves.
-      clean_weight: the share of `clean`.
-      chunk_size: draws at once.
-      axis_name: mapped axes along which the caller will average.
-      independent_draws: whether devices along them draw for themselves.
-      param_specs: how other mapped axes shard the params.
-
-    Returns:
-      `averaged`, its mean, and `kept`, with the evaluations stacked along a new leading axis.
-    """
-    axes = other_axes(key, axis_name)
-    specs = leaf_specs(params, param_specs, axes)
-    params, key = localize(params, key, axis_name, independent_draws=independent_draws)
-    keys = jax.random.split(key, num_samples)
-    size = min(chunk_size or 1, num_samples)
-
-    def draw(center: PyTree, keys: jax.Array) -> PyTree:
-        def one(key: jax.Array) -> PyTree:
-            return noise.perturbation(key, center, sigma, sampler=sampler, mask=mask, specs=specs)
-
-        return _over_draws(one, len(keys))(keys)
-
-    def add(total: PyTree, center: PyTree, u: PyTree, sign: int, indices: jax.Array) -> tuple[PyTree, PyTree]:
-        """`total` plus the sum over a chunk's draws of what is averaged; and what is kept of each."""
-
-        def one(u: PyTree, index: jax.Array) -> tuple[PyTree, PyTree]:
-            return evaluate(_backend.computed_once(noise.perturb(center, u, sign), key), index)
-
-        averaged, kept = _over_draws(one, len(indices))(u, indices)
-        return _backend.added(total, jax.tree.map(lambda x: jnp.sum(noise.widen(x), axis=0), averaged)), kept
-
-    def add_chunk(total: PyTree, first: Any, size: int) -> tuple[PyTree, PyTree]:
-        """As `add`, for both sides of the draws first, ..., first + size - 1."""
-        draws = first + jnp.arange(size, dtype=jnp.int32)
-        center, of_draws = _backend.in_each_step(params, jax.lax.dynamic_slice_in_dim(keys, first, size))
-        u = draw(center, of_draws)
-        if not antithetic:
-            return add(total, center, u, 1, draws)
-        u = _backend.computed_once(u, key)
-        total, kept = add(total, center, u, 1, 2 * draws)
-        center, u, total = _backend.drawn_again(draw, center, of_draws, u, after=total)
-        total, other = add(total, center, u, -1, 2 * draws + 1)
-        return total, jax.tree.map(lambda *sides: _merge_axes(jnp.stack(sides, axis=1)), kept, other)
-
-    with copies_along(axis_name):
-        total, kept = _sum_over_chunks(add_chunk, num_samples, size, key)
-        mean = jax.tree.map(lambda x: x / (2 * num_samples if antithetic else num_samples), total)
-        if not _is_zero(clean_weight):
-            mean = jax.tree.map(lambda c, x: _mix(clean_weight, c, x), clean(params), mean)
-    return cast_like(mean, like), kept
-
-
-def check_options(
-    *,
-    num_samples: Any,
-    antithetic: Any,
-    sampler: Any,
-    clean_weight: Any,
-    chunk_size: Any,
-    independent_draws: Any,
-    axis_name: Any,
-    param_specs: Any,
-    **unchecked: Any,
-) -> None:
-    """Raises TypeError or ValueError, naming the argument and its value, for options that cannot work."""
-    del unchecked  # sigma and mask need the params
-    check_count("num_samples", num_samples)
-    if chunk_size is not None:
-        check_count("chunk_size", chunk_size)
-    check_flag("antithetic", antithetic)
-    check_flag("independent_draws", independent_draws)
-    check_sampler(sampler)
-    check_axes(axis_name, param_specs)
-    check_scalar("clean_weight", clean_weight, lambda x: 0 <= x <= 1, "a number in [0, 1]")
-
-
-def _sum_over_chunks(
-    add_chunk: Callable[[PyTree, Any, int], tuple[PyTree, PyTree]], count: int, size: int, key: jax.Array
-) -> tuple[PyTree, PyTree]:
-    """Runs all chunks of `count` draws, the last of which may be smaller, one after another."""
-    whole, rest = divmod(count, size)
-    total, stacked = _backend.sum_over(lambda total, i: add_chunk(total, size * i, size), whole, key)
-    kept = jax.tree.map(_merge_axes, stacked)
-    if not rest:
-        return total, kept
-    total, first = _backend.barrier((total, jnp.int32(size * whole)), key)
-    total, last = add_chunk(total, first, rest)
-    return total, jax.tree.map(lambda x, y: jnp.concatenate([x, y]), kept, last)
-
-
-def _over_draws(fun: Callable[..., PyTree], size: int) -> Callable[..., PyTree]:
-    """Maps `fun` over a chunk's draws; a chunk of one calls it as it is, so that it need not be vmappable."""
-    if size > 1:
-        return jax.vmap(fun)
-    return lambda *args: jax.tree.map(
-        lambda x: jnp.asarray(x)[None], fun(*jax.tree.map(lambda x: x[0], args))
-    )
-
-
-def _merge_axes(x: jax.Array) -> jax.Array:
-    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
-
-
-def _mix(weight: Any, clean: Any, noisy: jax.Array) -> jax.Array:
-    weight = jnp.asarray(weight, noisy.dtype)
-    return weight * noise.widen(clean) + (1 - weight) * noisy
-
-
-def _fates(modes: list[str], aux_like: PyTree) -> list[str]:
+def _reductions(modes: list[str], aux_like: PyTree) -> list[str]:
     """What becomes of each leaf over the evaluations; "first" if it has no mean."""
     return [
         mode if mode not in ("mean", "concatenate") else "mean" if is_inexact(leaf) else "first"
@@ -336,13 +167,9 @@ def _fates(modes: list[str], aux_like: PyTree) -> list[str]:
     ]
 
 
-def _by_fate(aux_out: PyTree, fates: list[str]) -> dict[str, list[Any]]:
+def _by_reduction(aux_out: PyTree, reductions: list[str]) -> dict[str, list[Any]]:
     leaves = jax.tree.leaves(aux_out)
     return {
-        fate: [leaf for leaf, of_leaf in zip(leaves, fates, strict=True) if of_leaf == fate]
-        for fate in ("mean", "first", "sum", "stack", "clean")
+        reduction: [leaf for leaf, of_leaf in zip(leaves, reductions, strict=True) if of_leaf == reduction]
+        for reduction in ("mean", "first", "sum", "stack", "clean")
     }
-
-
-def _is_zero(weight: Any) -> bool:
-    return not isinstance(weight, jax.core.Tracer) and jax.device_get(weight) == 0

@@ -1,6 +1,5 @@
 """The averaged gradient for Flax NNX modules, whose state moves once per step and not once per evaluation."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,18 +11,17 @@ except ImportError as error:
     raise ImportError("nso_jax.nnx needs flax: pip install 'nso-jax[flax]'") from error
 
 from nso_jax import gradients, parallel
-from nso_jax._axes import AxisName
-from nso_jax._callers import unwrapped
+from nso_jax._axes import Axes, AxisName
+from nso_jax._callers import takes_batch, unwrapped
 from nso_jax._calls import as_loss, named_after
-from nso_jax._checks import PyTree, as_key
+from nso_jax._checks import PyTree, as_key, check_function
 from nso_jax._parts import (
     Batch,
+    Parts,
     Weight,
     batch_numbers,
     check_whole,
     join,
-    mean_over_parts,
-    microbatch_options,
     select_batch,
 )
 
@@ -55,17 +53,18 @@ def value_and_grad(
 
     Args:
       fun: `fun(model, *args, **kwargs)` returning a real scalar, or a pair of that and auxiliary output.
-      method: `nso_jax.value_and_grad`, or one of its rivals: `sharpness.sam`, `.usam`, `.asam`, `.rsam`.
+      method: `nso_jax.value_and_grad`, or one of its rivals: `sharpness.sam`, `.usam`, `.asam`, `.rsam`,
+        `.mrwp`.
       wrt: an NNX filter, the variables that are perturbed and differentiated; the same as the optimizer's.
-      has_aux: whether `fun` returns `(loss, aux)`.
+      has_aux: as in `nso_jax.value_and_grad`.
       aux: a mode of the method, such as "mean" or "sum", or a prefix pytree of them. "clean" takes the
         model's new state from the forward pass at W too, as the authors' code does with batch statistics.
       mesh: a mesh of devices, for plain `nnx.jit` on many of them: the same as
         `nso_jax.parallel.value_and_grad`, which says what this does and what the next three are for. Each
         device has batch statistics of its own examples, which are averaged, and dropout masks of its own.
         The default, None, is for one device, or for your own `shard_map` with `axis_name`.
-      batch_argnums: with `mesh`, which arguments carry examples: 0 is the model, and 1, the default, what
-        follows it.
+      batch_argnums: with `mesh`, or a method that halves the batch, which arguments carry examples: 0 is the
+        model, and 1, the default, what follows it.
       num_microbatches: with `mesh`, m parts of each device's examples. All start from the model's present
         state, which moves once, to their mean. Without a mesh there is `microbatch`.
       weight: with `mesh`, how much the loss of a device's part counts, a function of the arguments of `fun`.
@@ -99,7 +98,7 @@ def value_and_grad(
     """
     _check_arguments(method, mesh, num_microbatches, weight, options)
     in_wrt = nnx.filterlib.to_predicate(wrt)
-    argnums = batch_numbers(batch_argnums) if mesh is not None else ()
+    argnums = batch_numbers(batch_argnums) if mesh is not None or takes_batch(method) else ()
 
     def is_differentiated(path: tuple[Any, ...], value: Any) -> bool:
         return path[0] == 0 and in_wrt(path[1:], value)
@@ -121,17 +120,12 @@ def value_and_grad(
         model, args, kwargs = merged(params, graphdef, rest)
         return weight(*join([model, *args], batch), **kwargs)  # type: ignore[misc]  # only called if given
 
-    if aux != "mean":
-        options["aux"] = (aux, "clean" if aux == "clean" else "mean")
+    options |= {} if aux == "mean" else {"aux": (aux, "clean" if aux == "clean" else "mean")}
+    options |= {"batch_argnums": 3} if argnums else {}
     if mesh is not None:
-        method = functools.partial(
-            parallel.value_and_grad,
-            mesh=mesh,
-            method=method,
-            batch_argnums=3,
-            num_microbatches=num_microbatches,
-            weight=weight and weight_of,
-        )
+        options |= {"mesh": mesh, "method": method, "num_microbatches": num_microbatches}
+        options["weight"] = weight and weight_of
+        method = parallel.value_and_grad
     averaged = method(loss, has_aux=True, **options)
 
     def value_and_grad_fn(key: jax.Array, /, model: Any, *args: Any, **kwargs: Any) -> tuple[Any, nnx.State]:
@@ -170,14 +164,9 @@ def microbatch(
 
     Args:
       fn: `fn(key, model, *args, **kwargs)`, as `value_and_grad` of this module gives.
-      num_microbatches: m, a static int >= 1.
-      batch_argnums: which arguments carry examples along the leading axis of every leaf: 0 is the model,
-        and 1, the default, what follows it.
-      weight: w, how much the loss of a part counts, a function of the arguments of `fn` without the key, as
-        in `nso_jax.parallel.microbatch`. A part of weight 0 does not move the statistics either.
-      aux: what becomes of auxiliary output, as in `nso_jax.parallel.microbatch`.
-      axis_name: inside `shard_map` or `pmap`: axes to average over, once, in the end; leave it out of `fn`.
-      independent_draws: with `axis_name`, whether each device folds its index into the key.
+      num_microbatches, aux, axis_name, independent_draws: as in `nso_jax.parallel.microbatch`.
+      batch_argnums: as there: 0 is the model, and 1, the default, what follows it.
+      weight: w, as there. A part of weight 0 does not move the statistics either.
 
     Returns:
       A function with the arguments of `fn` that returns what `fn` does, averaged over the parts, and updates
@@ -199,14 +188,8 @@ def microbatch(
       >>> grads["kernel"].shape
       (3, 1)
     """
-    options = microbatch_options(
-        fn,
-        num_microbatches,
-        weight=weight,
-        aux=aux,
-        axis_name=axis_name,
-        independent_draws=independent_draws,
-    )
+    check_function("fn", fn, "a function fn(key, *args)")
+    parts = Parts(num_microbatches, weight, aux, Axes(axis_name, independent_draws))
     argnums = batch_numbers(batch_argnums)
 
     def microbatched(key: jax.Array, /, *args: Any, **kwargs: Any) -> PyTree:
@@ -235,14 +218,8 @@ def microbatch(
         present = [variable for _, variable in nnx.to_flat_state(variables)]
         still = [None] * len(present)
         moving = jax.eval_shape(lambda: evaluate(0, key, batch, others, still)[1])
-        mean, moved = mean_over_parts(
-            evaluate,
-            key,
-            batch,
-            others,
-            [None if new is None else old for old, new in zip(present, moving, strict=True)],
-            **options | {"weight": weight and weight_of},
-        )
+        start = [None if new is None else old for old, new in zip(present, moving, strict=True)]
+        mean, moved = parts.mean(evaluate, key, batch, others=others, state=start, weight_of=weight_of)
         nnx.update(arguments, _only(variables, moved))
         return mean
 

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nso_jax import gradients, noise
-from nso_jax._axes import AxisName, check_axes
-from nso_jax._callers import unwrapped
+from nso_jax import gradients
+from nso_jax._axes import Axes, AxisName, axes_of, check_axes
+from nso_jax._callers import takes_batch, unwrapped
 from nso_jax._calls import named_after
 from nso_jax._checks import (
     PyTree,
@@ -25,12 +25,11 @@ from nso_jax._checks import (
 )
 from nso_jax._parts import (
     Batch,
+    Parts,
     Weight,
     batch_numbers,
-    call_on_parts,
     check_whole,
     fold_keys,
-    microbatch_options,
     select_batch,
 )
 
@@ -110,20 +109,14 @@ def microbatch(
       >>> print(fn(jax.random.key(0), jnp.ones(1), x, mask)[0])  # (0 + 1 + 9 + 25 + 49) / 5
       16.8
     """
-    options = microbatch_options(
-        fn,
-        num_microbatches,
-        weight=weight,
-        aux=aux,
-        axis_name=axis_name,
-        independent_draws=independent_draws,
-    )
+    check_function("fn", fn, "a function fn(key, *args)")
+    parts = Parts(num_microbatches, weight, aux, Axes(axis_name, independent_draws))
     argnums = batch_numbers(batch_argnums)
 
     def microbatched(key: jax.Array, /, *args: Any, **kwargs: Any) -> PyTree:
         check_no_nnx("args", (args, kwargs), "nso_jax.nnx.microbatch")
         fixed, batch = select_batch(args, argnums, num_microbatches)
-        return call_on_parts(fn, as_key(key), fixed, batch, kwargs, **options)
+        return parts.call(fn, as_key(key), fixed, batch, kwargs)
 
     return microbatched
 
@@ -207,15 +200,11 @@ def value_and_grad(
     options |= {} if aux == "mean" else {"aux": aux}
     if "global_ascent" in options:
         options |= {"axis_name": averaged} if together else {"global_ascent": False}
+    options |= {"batch_argnums": argnums} if takes_batch(method) else {}
     local = method(fun, **options)
-    on_parts = microbatch_options(
-        local,
-        num_microbatches,
-        weight=weight,
-        aux=aux,
-        axis_name=None if together or not averaged else averaged,
-        independent_draws=False,  # the key is folded here, the same for one device and for many
-    )
+    # The key is folded here, the same for one device and for many.
+    along = Axes(None if together or not averaged else averaged, independent_draws=False)
+    parts = Parts(num_microbatches, weight, aux, along)
     check_flag("independent_draws", independent_draws)
 
     def new_program(form: _Form) -> Callable[..., tuple[Any, PyTree]]:
@@ -225,8 +214,8 @@ def value_and_grad(
                 index = jax.lax.axis_index(axes)
                 fixed, kwargs = fold_keys((fixed, kwargs), index)
                 key = key if together else jax.random.fold_in(key, index)
-            out = call_on_parts(local, key, fixed, batch, kwargs, **on_parts)
-            return _from_first(out, averaged, on_parts["modes"]) if averaged else out
+            out = parts.call(local, key, fixed, batch, kwargs)
+            return _from_first(out, averaged, parts.modes) if averaged else out
 
         specs = jax.tree.map(lambda mode: jax.P(axes) if mode == "concatenate" else jax.P(), aux)
         mapped = jax.shard_map(
@@ -300,7 +289,7 @@ def _resharded(tree: PyTree, mesh: Any, axes: tuple[Any, ...], specs: PyTree) ->
     whole = set(axes) == set(mesh.axis_names)  # else params may be sharded over the other axes
 
     def place(x: Any, spec: jax.P) -> Any:
-        return jax.reshard(x, jax.NamedSharding(mesh, spec)) if whole or noise.axes_of(spec) else x
+        return jax.reshard(x, jax.NamedSharding(mesh, spec)) if whole or axes_of(spec) else x
 
     return jax.tree.map(place, tree, specs)
 

@@ -1,5 +1,6 @@
 """The optax adapter: noise stability optimization as a gradient transformation."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -7,11 +8,11 @@ import jax.numpy as jnp
 import optax
 
 from nso_jax import noise
-from nso_jax._axes import AxisName, check_own_gradients, combine_over_axis
+from nso_jax._axes import Axes, AxisName, check_own_gradients
 from nso_jax._callers import check_injected, check_not_in_multi_steps
-from nso_jax._calls import check_like_params, check_update_arguments
 from nso_jax._checks import PyTree, as_key, describe, is_function
-from nso_jax.gradients import check_options, mean_over_draws
+from nso_jax._draws import Draws
+from nso_jax._updates import check_like_params, check_update_arguments
 from nso_jax.noise import Sampler, Sigma
 
 __all__ = ["NoiseStabilityState", "noise_stability", "nso"]
@@ -79,16 +80,10 @@ def noise_stability(
         return all that `nso_jax.value_and_grad` takes, as `lambda count: noise.relative(schedule(count))`. Of
         bfloat16 weights, those above 256 to 512 times their noise do not move.
       key: a PRNG key, typed or legacy; update number n uses `jax.random.fold_in(key, n)`.
-      num_samples: k, the number of draws; `grad_fn` is evaluated 2k times (k if not `antithetic`).
-      antithetic: evaluate at W + U and W - U.
-      sampler: `sampler(key, shape, dtype)` of unit variance; see `nso_jax.noise`.
-      mask: which leaves are perturbed: bools, a prefix pytree or a function giving one. All by default.
       clean_weight: lambda in [0, 1], the share of the incoming gradient.
-      chunk_size: draws evaluated at once; see `nso_jax.value_and_grad`.
-      axis_name: inside `shard_map` or `pmap` over that axis: average over it at the end.
-      independent_draws: with `axis_name`, whether each device draws for itself.
-      param_specs: inside `shard_map` with `check_vma=False`, how further axes split the params; see
-        `nso_jax.value_and_grad`.
+      num_samples, antithetic, sampler, mask, chunk_size: as in `nso_jax.value_and_grad`; `grad_fn` is
+        evaluated 2k times, k if not `antithetic`.
+      axis_name, independent_draws, param_specs: as there, inside `shard_map` or `pmap`.
 
     Returns:
       A transformation whose state is a `NoiseStabilityState`.
@@ -115,18 +110,8 @@ def noise_stability(
     is_relative = isinstance(sigma, noise.Relative)
     check_injected(*["sigma"] * is_relative)
     key = as_key(key)
-    options = {
-        "num_samples": num_samples,
-        "antithetic": antithetic,
-        "sampler": sampler,
-        "mask": mask,
-        "clean_weight": clean_weight,
-        "chunk_size": chunk_size,
-        "axis_name": axis_name,
-        "independent_draws": independent_draws,
-        "param_specs": param_specs,
-    }
-    check_options(**options)
+    draws = Draws(sigma, num_samples, antithetic, sampler, mask, clean_weight, chunk_size)
+    axes = Axes(axis_name, independent_draws, param_specs)
     scheduled = is_function(sigma) and not is_relative
 
     def init_fn(params: PyTree) -> NoiseStabilityState:
@@ -154,17 +139,17 @@ def noise_stability(
             check_like_params("grad_fn", grads, params)
             return grads, ()
 
-        averaged, _ = mean_over_draws(
+        at_count = dataclasses.replace(draws, sigma=sigma(state.count)) if scheduled else draws
+        averaged, _ = at_count.mean(
             evaluate,
             jax.random.fold_in(rng_key, state.count),
             params,
+            axes=axes,
             clean=lambda _: updates,
             like=updates,
-            sigma=sigma(state.count) if scheduled else sigma,
-            **options,
         )
         count = optax.safe_increment(state.count)
-        return combine_over_axis(averaged, axis_name), state._replace(count=count)
+        return axes.combine(averaged), state._replace(count=count)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -191,16 +176,8 @@ def nso(
     Args:
       optimizer: what gets the averaged gradient.
       sigma: standard deviation of one weight's noise, as in `noise_stability`.
-      key: a PRNG key, and all that follow as in `noise_stability`.
-      num_samples: the number of draws.
-      antithetic: whether to evaluate pairs.
-      sampler: the noise.
-      mask: the perturbed leaves.
-      clean_weight: the share of the incoming gradient.
-      chunk_size: draws evaluated at once.
-      axis_name: mapped axes to average over.
-      independent_draws: whether devices along them draw for themselves.
-      param_specs: how further axes split the params.
+      key, num_samples, antithetic, sampler, mask, clean_weight, chunk_size: as in `noise_stability`.
+      axis_name, independent_draws, param_specs: as there.
 
     Returns:
       A transformation whose `update` takes `grad_fn`.

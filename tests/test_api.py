@@ -41,9 +41,9 @@ API = {
         param_specs: PyTree=None -> Callable[..., tuple[Any, PyTree]]
     """,
     "noise.Relative": """
-        scale: Any, per: Literal['weight', 'channel', 'tensor'], channel_axis: int | tuple[int, ...],
-        stack_axes: PyTree
+        scale: Any, per: Per, channel_axis: int | tuple[int, ...], stack_axes: PyTree
     """,
+    "noise.adaptive": "sigma: Sigma, squares: PyTree, eta: Any=1.0 -> Callable[[PyTree], PyTree]",
     "noise.cauchy": "key: jax.Array, shape: tuple[int, ...]=(), dtype: Any=jnp.float32 -> jax.Array",
     "noise.centered_binomial": """
         key: jax.Array, shape: tuple[int, ...]=(), dtype: Any=jnp.float32 -> jax.Array
@@ -53,12 +53,12 @@ API = {
     "noise.perturb": "params: PyTree, noise: PyTree, sign: Any=1 -> PyTree",
     "noise.perturbation": """
         key: jax.Array, params: PyTree, sigma: Sigma, *, sampler: Sampler=normal, mask: PyTree=None,
-        specs: PyTree=None -> PyTree
+        param_specs: PyTree=None -> PyTree
     """,
     "noise.rademacher": "key: jax.Array, shape: tuple[int, ...]=(), dtype: Any=jnp.float32 -> jax.Array",
     "noise.relative": """
-        scale: Any, per: Literal['weight', 'channel', 'tensor']='weight', *,
-        channel_axis: int | Sequence[int]=-1, stack_axes: PyTree=0 -> Relative
+        scale: Any, per: Per='weight', *, channel_axis: int | Sequence[int]=-1, stack_axes: PyTree=0
+        -> Relative
     """,
     "noise.uniform": "key: jax.Array, shape: tuple[int, ...]=(), dtype: Any=jnp.float32 -> jax.Array",
     "parallel.microbatch": """
@@ -107,6 +107,18 @@ API = {
         initial_precision: float=1.0, mask: PyTree=None, axis_name: AxisName | None=None
         -> optax.GradientTransformationExtraArgs
     """,
+    "sharpness.IVONState": "count: jax.Array, rng_key: jax.Array, momentum: PyTree, hessian: PyTree",
+    "sharpness.ivon": """
+        learning_rate: optax.ScalarOrSchedule, *, num_examples: int, key: jax.Array,
+        weight_decay: float=0.0002, b1: float=0.9, b2: float=0.99999, initial_hessian: float=0.5,
+        num_samples: int=1, antithetic: bool=False, sampler: Sampler=noise.normal,
+        axis_name: AxisName | None=None -> optax.GradientTransformationExtraArgs
+    """,
+    "sharpness.mrwp": """
+        fun: Callable[..., Any], *, sigma: Sigma, noisy_weight: Any=0.5,
+        batch_argnums: int | Sequence[int]=(1,), argnums: int | Sequence[int]=0, has_aux: bool=False,
+        aux: PyTree='mean', **options: Any -> Callable[..., tuple[Any, PyTree]]
+    """,
     "penalties.hessian_trace": """
         key: jax.Array, fun: Callable[..., Any], params: PyTree, *args: Any, prob: float=1.0,
         drop: Literal['weight', 'leaf']='weight', num_samples: int=1, mask: PyTree=None -> jax.Array
@@ -121,6 +133,11 @@ API = {
         -> jax.Array
     """,
     "penalties.confidence": "logits: jax.Array -> jax.Array",
+    "curvature.CurvatureMatrix": """
+        fun: Callable[[Any, Any], jax.Array], params: Any, batches: Any, mask: Any, weight: Weight | None,
+        chunk_size: int, flags: tuple[bool, ...], size: int, dtype: np.dtype, epsilon: float,
+        programs: Programs
+    """,
     "curvature.Density": """
         grid: np.ndarray, density: np.ndarray, standard_error: np.ndarray, width: float,
         nodes: np.ndarray, weights: np.ndarray, num_products: int
@@ -131,7 +148,6 @@ API = {
     "curvature.Estimate": """
         value: Any, standard_error: Any, num_products: int, per_leaf: Any, per_leaf_standard_error: Any
     """,
-    "curvature.GaussNewton": "model: Callable[[Any, Any], Any], loss: Callable[[Any, Any], jax.Array]",
     "curvature.KroneckerFactors": """
         input: np.ndarray, output: np.ndarray, error: float, error_standard_error: float,
         eigenvalues: np.ndarray, vectors: list[np.ndarray], overlap: float, output_standard_error: float
@@ -153,59 +169,52 @@ API = {
         quadratic_standard_error: np.ndarray, loss: float, trace: Estimate
     """,
     "curvature.diagonal": """
-        key: jax.Array, fun: Callable[[Any, Any], jax.Array], params: Any, batches: Any, *,
-        method: str='xdiag', num_products: int=100, rtol: float | None=None, mask: Any=None,
-        weight: Callable[[Any], Any] | None=None, param_labels: Any=None, chunk_size: int | None=None,
-        callback: Callable[[int], object] | None=None -> Estimate
+        key: jax.Array, h: CurvatureMatrix, *, method: str='xdiag', num_products: int=100,
+        rtol: float | None=None, param_labels: Any=None, callback: Callable[[int], object] | None=None
+        -> Estimate
     """,
     "curvature.eigenvalues": """
-        key: jax.Array, fun: Callable[[Any, Any], jax.Array], params: Any, batches: Any, *, k: int=5,
-        which: str='largest', tol: float=1e-06, max_products: int | None=None, mask: Any=None,
-        weight: Callable[[Any], Any] | None=None, callback: Callable[[int], object] | None=None -> Eigenpairs
+        key: jax.Array, h: CurvatureMatrix, *, k: int=5, which: str='largest', tol: float=1e-06,
+        max_products: int | None=None, callback: Callable[[int], object] | None=None -> Eigenpairs
     """,
-    "curvature.ggn_vp": """
+    "curvature.gauss_newton": """
         model: Callable[[Any, Any], Any], loss: Callable[[Any, Any], jax.Array], params: Any,
-        batches: Any, *, mask: Any=None, weight: Callable[[Any], Any] | None=None -> Callable[[Any], Any]
+        batches: Any, *, mask: Any=None, weight: Weight | None=None, chunk_size: int | None=None
+        -> CurvatureMatrix
     """,
-    "curvature.hvp": """
+    "curvature.hessian": """
         fun: Callable[[Any, Any], jax.Array], params: Any, batches: Any, *, mask: Any=None,
-        weight: Callable[[Any], Any] | None=None -> Callable[[Any], Any]
+        weight: Weight | None=None, chunk_size: int | None=None -> CurvatureMatrix
     """,
     "curvature.layer_structure": """
-        key: jax.Array, fun: Callable[[Any, Any], jax.Array], params: Any, batches: Any, *, k: int=10,
-        tol: float=0.001, mask: Any=None, weight: Weight | None=None, num_probes: int=20,
+        key: jax.Array, h: CurvatureMatrix, *, k: int=10, tol: float=0.001, num_probes: int=20,
         weight_sharing: str='expand', callback: Callable[[int], object] | None=None
         -> dict[str, LayerStructure]
     """,
     "curvature.noise_stability_gap": """
-        key: jax.Array, fun: Callable[[Any, Any], jax.Array], params: Any, batches: Any, *,
-        sigmas: Sequence[float], num_samples: int=16, num_products: int=100, method: str='xtrace',
-        sampler: noise.Sampler=noise.normal, mask: Any=None,
-        weight: Callable[[Any], Any] | None=None, callback: Callable[[int], object] | None=None -> StabilityGap
+        key: jax.Array, h: CurvatureMatrix, *, sigmas: Sequence[float], num_samples: int=16,
+        num_products: int=100, method: str='xtrace', sampler: noise.Sampler=noise.normal,
+        callback: Callable[[int], object] | None=None -> StabilityGap
     """,
     "curvature.pac_bayes_bound": """
-        key: jax.Array, fun: Callable[[Any, Any], jax.Array], params: Any, batches: Any, *,
-        initial_params: Any, num_probes: int=10, per: str='example', mask: Any=None,
-        weight: Callable[[Any], Any] | None=None, callback: Callable[[int], object] | None=None -> PacBayesBound
+        key: jax.Array, h: CurvatureMatrix, *, initial_params: Any, num_probes: int=10,
+        per: str='example', callback: Callable[[int], object] | None=None -> PacBayesBound
     """,
     "curvature.spectral_density": """
-        key: jax.Array, fun: Callable[[Any, Any], jax.Array], params: Any, batches: Any, *,
-        num_probes: int=10, num_steps: int=64, width: float | None=None, num_points: int=1000,
-        mask: Any=None, weight: Callable[[Any], Any] | None=None, chunk_size: int | None=None,
-        callback: Callable[[int], object] | None=None -> Density
+        key: jax.Array, h: CurvatureMatrix, *, num_probes: int=10, num_steps: int=64,
+        width: float | None=None, num_points: int=1000, callback: Callable[[int], object] | None=None
+        -> Density
     """,
     "curvature.subspace_overlap": "first: Sequence[Any], second: Sequence[Any] -> float",
     "curvature.suggest_sigma": """
-        key: jax.Array, fun: Callable[[Any, Any], jax.Array], params: Any, batches: Any, *,
-        share: float=0.2, tolerance: float=0.5, num_samples: int=16, num_products: int=100,
-        method: str='xtrace', sampler: noise.Sampler=noise.normal, mask: Any=None,
-        weight: Callable[[Any], Any] | None=None -> SigmaSuggestion
+        key: jax.Array, h: CurvatureMatrix, *, share: float=0.2, tolerance: float=0.5,
+        num_samples: int=16, num_products: int=100, method: str='xtrace',
+        sampler: noise.Sampler=noise.normal -> SigmaSuggestion
     """,
     "curvature.trace": """
-        key: jax.Array, fun: Callable[[Any, Any], jax.Array], params: Any, batches: Any, *,
-        method: str='xtrace', num_products: int=100, rtol: float | None=None, mask: Any=None,
-        weight: Callable[[Any], Any] | None=None, param_labels: Any=None, chunk_size: int | None=None,
-        callback: Callable[[int], object] | None=None -> Estimate
+        key: jax.Array, h: CurvatureMatrix, *, method: str='xtrace', num_products: int=100,
+        rtol: float | None=None, param_labels: Any=None, callback: Callable[[int], object] | None=None
+        -> Estimate
     """,
 }
 
@@ -263,8 +272,9 @@ def sections(value):
 
 
 def entries(section):
-    """The names that a section describes."""
-    return re.findall(r"^  (\*{0,2}\w+): ", section, re.MULTILINE)
+    """The names that a section describes, alone or several together."""
+    found = re.findall(r"^  (\*{0,2}\w+(?:, \*{0,2}\w+)*): ", section, re.MULTILINE)
+    return [name for names in found for name in names.split(", ")]
 
 
 def callees(function):
@@ -314,7 +324,8 @@ def test_a_functions_docstring_says_all_of_it(name):
     assert not rest[0], "an empty line follows the summary"
     kinds = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
     parameters = inspect.signature(function).parameters.values()
-    assert entries(parts["Args"]) == [kinds.get(p.kind, "") + p.name for p in parameters]
+    described = entries(parts["Args"])
+    assert sorted(described) == sorted(kinds.get(p.kind, "") + p.name for p in parameters)
     assert parts["Returns"].strip()
     assert ("Raises" in parts) == raises(function)
     for error in entries(parts.get("Raises", "")):

@@ -78,6 +78,14 @@ def call_bsam(**arguments):
     return call_update(sharpness.bsam, **{"learning_rate": 0.1, "num_examples": 10, "key": KEY} | arguments)
 
 
+def call_ivon(**arguments):
+    return call_update(sharpness.ivon, **{"learning_rate": 0.1, "num_examples": 10, "key": KEY} | arguments)
+
+
+def call_adaptive(**arguments):
+    return noise.adaptive(**{"sigma": 0.1, "squares": W} | arguments)(W)
+
+
 def call_hessian_trace(**arguments):
     return penalties.hessian_trace(**{"key": KEY, "fun": sum_of_squares, "params": W} | arguments)
 
@@ -177,8 +185,8 @@ INVALID = {
     call_noise_stability: noisy | update | {"updates": st.sampled_from([None, {}, W["w"], W | {"n": 1}])},
     call_nso: noisy | {"optimizer": not_functions},
     call_relative: {"scale": not_a_size, "per": not_a_choice, "channel_axis": not_an_axis_number},
-    call_perturbation: {name: noisy[name] for name in ("key", "sigma", "sampler", "mask")}
-    | {"params": not_params, "specs": not_specs},
+    call_perturbation: {name: noisy[name] for name in ("key", "sigma", "sampler", "mask", "param_specs")}
+    | {"params": not_params},
     call_microbatch: {
         "fn": not_functions,
         "num_microbatches": not_a_count,
@@ -216,6 +224,21 @@ INVALID = {
         "mask": not_a_mask,
         "axis_name": not_an_axis,
     },
+    call_ivon: update
+    | {
+        "learning_rate": not_a_size,
+        "num_examples": not_a_count,
+        "key": not_a_key,
+        "weight_decay": not_above_zero,
+        "b1": not_a_half_open_share,
+        "b2": not_a_half_open_share,
+        "initial_hessian": not_above_zero,
+        "num_samples": not_a_count,
+        "antithetic": not_a_flag,
+        "sampler": not_a_sampler,
+        "axis_name": not_an_axis,
+    },
+    call_adaptive: {"eta": not_a_size},
     call_hessian_trace: {
         "key": not_a_key,
         "fun": not_functions | not_a_loss,

@@ -112,7 +112,7 @@ MISTAKES = {
     "a masked leaf of integers": (lambda: averaged(mask={"w": True, "q": False})(KEY, {"w": jnp.ones(3), "q": jnp.ones(2, jnp.int8)}), TypeError, ["leaf ['q'] is int8[2]", "another argument"]),
     "a leaf that is a key": (lambda: averaged()(KEY, {"w": jnp.ones(3), "k": KEY}), TypeError, ["leaf ['k'] is key<fry>[]", "another argument"]),
     "an Equinox module's functions": (lambda: averaged()(KEY, eqx.nn.MLP(2, 1, 3, 1, key=KEY)), TypeError, ["leaf .activation", PARTITION, "eqx.combine(params, rest)"]),
-    "the same, measured": (lambda: curvature.trace(KEY, loss, eqx.nn.MLP(2, 1, 3, 1, key=KEY), X), TypeError, ["leaf .activation", PARTITION]),
+    "the same, measured": (lambda: curvature.hessian(loss, eqx.nn.MLP(2, 1, 3, 1, key=KEY), X), TypeError, ["leaf .activation", PARTITION]),
     "the same, in the adapter": (lambda: update(eqx.nn.MLP(2, 1, 3, 1, key=KEY)), TypeError, ["leaf .activation", PARTITION]),
     # networks with a state
     "NNX statistics": (lambda: averaged(of_module)(KEY, Normalized(), X), TypeError, ["argnums=0: leaf .norm.mean", "nnx.BatchStat", NNX]),
@@ -120,8 +120,7 @@ MISTAKES = {
     "NNX dropout": (lambda: averaged(of_module)(KEY, Dropped(), X), TypeError, ["leaf .dropout.rngs.count", "nnx.RngCount", NNX]),
     "NNX statistics in a state": (lambda: averaged(loss)(KEY, nnx.state(Normalized())), TypeError, ["leaf ['norm']['mean']", NNX]),
     "NNX statistics, a rival": (lambda: sharpness.sam(of_module, rho=0.1)(KEY, Normalized(), X), TypeError, ["nnx.BatchStat", NNX, "method="]),
-    "NNX statistics, measured": (lambda: curvature.trace(KEY, of_module, Normalized(), X), TypeError, ["params: leaf .norm.mean", SPLIT]),
-    "NNX statistics, in a product": (lambda: curvature.hvp(of_module, Normalized(), X), TypeError, ["params: leaf .norm.mean", SPLIT]),
+    "NNX statistics, measured": (lambda: curvature.hessian(of_module, Normalized(), X), TypeError, ["params: leaf .norm.mean", SPLIT]),
     "NNX statistics, in a penalty": (lambda: penalties.hessian_trace(KEY, of_module, Normalized(), X), TypeError, ["params: leaf .norm.mean", SPLIT]),
     "NNX statistics, in the adapter": (lambda: update(Normalized()), TypeError, ["params: leaf .norm.mean", SPLIT]),
     "NNX statistics, as noise": (lambda: noise.perturbation(KEY, Normalized(), 0.1), TypeError, ["params: leaf .norm.mean", SPLIT]),
@@ -134,7 +133,7 @@ MISTAKES = {
     "Linen variables": (lambda: averaged()(KEY, VARIABLES), TypeError, ["argnums=0: ", "batch_stats", LINEN]),
     "frozen Linen variables": (lambda: averaged()(KEY, flax.core.freeze(VARIABLES)), TypeError, ["batch_stats", LINEN]),
     "Linen variables, second": (lambda: averaged(argnums=(0, 1))(KEY, W, VARIABLES), TypeError, ["batch_stats", LINEN]),
-    "Linen variables, measured": (lambda: curvature.trace(KEY, loss, VARIABLES, X), TypeError, ["params: ", LINEN]),
+    "Linen variables, measured": (lambda: curvature.hessian(loss, VARIABLES, X), TypeError, ["params: ", LINEN]),
     "Linen variables, a rival": (lambda: sharpness.asam(loss, rho=0.1)(KEY, VARIABLES), TypeError, [LINEN]),
     "Linen variables, in the adapter": (lambda: update(VARIABLES), TypeError, [LINEN]),
     # batches
@@ -217,7 +216,18 @@ def test_the_package_shows_its_public_names_alone():
 
 MODULES = ["gradients", "transform", "noise", "parallel", "nnx", "sharpness", "penalties"]
 MODULES += [
-    f"curvature.{name}" for name in ("bounds", "eigenvalues", "operators", "spectrum", "stability", "trace")
+    f"curvature.{name}"
+    for name in [
+        "bounds",
+        "eigenvalues",
+        "layers",
+        "operators",
+        "sigma",
+        "spectrum",
+        "stability",
+        "subspaces",
+        "trace",
+    ]
 ]
 
 
@@ -226,4 +236,4 @@ def test_every_module_says_what_is_public(name):
     module = importlib.import_module(f"nso_jax.{name}")
     assert sorted(module.__all__) == list(module.__all__)
     for public in module.__all__:
-        assert getattr(module, public).__module__ == module.__name__
+        assert f"{getattr(module, public).__module__}.".startswith(f"{module.__name__}.")

@@ -313,7 +313,11 @@ W = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
             TypeError,
             r"sampler: expected a real number for each weight of leaf \['b'\], got 'noise'",
         ),
-        (lambda k: draw(k, W, specs="data"), TypeError, "specs: expected partition specs, got 'data'"),
+        (
+            lambda k: draw(k, W, param_specs="data"),
+            TypeError,
+            "param_specs: expected partition specs, got 'data'",
+        ),
         (
             lambda k: draw(k, W, noise.relative(1.0, "channel", channel_axis=2)),
             ValueError,

@@ -31,10 +31,11 @@ value, grads = parallel.microbatch(sharpness.sam(loss, rho=0.1), 2, weight=lambd
 value, grads = parallel.value_and_grad(loss, sigma=noise.relative(0.1), mesh=mesh)(key, params, x)
 transformation: optax.GradientTransformationExtraArgs = nso_jax.nso(optax.adam(1e-3), 0.1, key=key)
 penalty: jax.Array = penalties.hessian_trace(key, loss, params, x)
-estimate = curvature.trace(key, loss, params, x)
+h = curvature.hessian(loss, params, x)
+estimate = curvature.trace(key, h)
 assert_type(estimate, curvature.Estimate)
 assert_type(estimate.num_products, int)
-assert_type(curvature.suggest_sigma(key, loss, params, x).sigma, float)
+assert_type(curvature.suggest_sigma(key, h.at(params)).sigma, float)
 """
 
 WRONG = """
@@ -45,7 +46,7 @@ nso_jax.value_and_grad(abs)  # sigma
 nso_jax.value_and_grad(abs, sigma=0.1, num_samples="4")  # arg-type
 nso_jax.nso(0.1, 0.1, key=None, smaples=3)  # smaples
 parallel.microbatch(abs, 2, weight=3)  # weight
-curvature.trace(None, abs, 1.0)  # batches
+curvature.trace(None, abs)  # CurvatureMatrix
 """
 
 

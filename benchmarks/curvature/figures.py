@@ -16,7 +16,7 @@ from benchmarks.kit.files import UserError
 from benchmarks.tasks import checkpoints, data
 from benchmarks.tasks.data import Examples
 from nso_jax import curvature
-from nso_jax.curvature import Eigenpairs, GaussNewton, LayerStructure
+from nso_jax.curvature import CurvatureMatrix, Eigenpairs, LayerStructure
 
 TOLERANCE = 1e-4  # of an eigenvalue's residual, over the largest eigenvalue
 NUM_SAMPLES = 64  # draws of weight noise
@@ -30,18 +30,14 @@ class Problem(NamedTuple):
     """What is measured.
 
     Attributes:
-        fun: The `GaussNewton` of two jitted functions, the network's outputs and the mean loss.
-        loss: The mean loss as one jitted function of the weights and the examples.
-        params: The trained weights.
+        hessian: That of the mean loss over what the network was trained on.
+        gauss_newton: The Gauss-Newton matrix of the same.
         initial_params: The weights before training.
-        examples: What the network was trained on.
     """
 
-    fun: GaussNewton
-    loss: Callable[[nnx.State, Examples], jax.Array]
-    params: nnx.State
+    hessian: CurvatureMatrix
+    gauss_newton: CurvatureMatrix
     initial_params: nnx.State
-    examples: Examples
 
 
 def load(path: Path) -> tuple[nnx.Module, checkpoints.Metadata]:
@@ -55,18 +51,16 @@ def problem(network: nnx.Module, metadata: checkpoints.Metadata) -> Problem:
     """The network's mean loss over what it was trained on."""
     graphdef, params, rest = nnx.split(network, nnx.Param, ...)  # type: ignore[misc]  # flax types it so
 
-    @jax.jit
     def logits(params: nnx.State, examples: Examples) -> jax.Array:
         return nnx.merge(graphdef, params, rest, copy=True)(examples.inputs)
 
-    @jax.jit
     def loss(logits: jax.Array, examples: Examples) -> jax.Array:
         return optax.softmax_cross_entropy_with_integer_labels(logits, examples.labels).mean()
 
-    fun = GaussNewton(logits, loss)
     initial_params = nnx.state(checkpoints.initial(metadata), nnx.Param)
     train = data.digits(metadata.seed, metadata.num_train, metadata.wrong_labels).train
-    return Problem(fun, jax.jit(fun.__call__), params, initial_params, train)
+    matrix = curvature.gauss_newton(logits, loss, params, train, mask=_matrices)
+    return Problem(curvature.hessian(matrix.fun, params, train), matrix, initial_params)
 
 
 class _Bar:
@@ -92,9 +86,7 @@ def trace(problem: Problem, products: int, progress: Progress) -> dict[str, Any]
     with _Bar(progress, "trace", products) as task:
         trace = curvature.trace(
             jax.random.key(0),
-            problem.loss,
-            problem.params,
-            problem.examples,
+            problem.hessian,
             num_products=products,
             param_labels=_layer_names,
             callback=task,
@@ -113,9 +105,7 @@ def eigenvalues(problem: Problem, which: str, k: int, progress: Progress) -> Eig
     with _Bar(progress, f"{which} eigenvalues") as task:
         return curvature.eigenvalues(
             jax.random.key(1),
-            problem.loss,
-            problem.params,
-            problem.examples,
+            problem.hessian,
             k=k,
             which=which,
             tol=TOLERANCE,
@@ -137,9 +127,7 @@ def density(problem: Problem, probes: int, steps: int, largest: float, progress:
     with _Bar(progress, "spectral density", probes * steps) as task:
         density = curvature.spectral_density(
             jax.random.key(2),
-            problem.loss,
-            problem.params,
-            problem.examples,
+            problem.hessian,
             num_probes=probes,
             num_steps=steps,
             num_points=500,
@@ -154,16 +142,9 @@ def density(problem: Problem, probes: int, steps: int, largest: float, progress:
 def layers(problem: Problem, k: int, progress: Progress) -> dict[str, Any]:
     """The dense layers' blocks of the Gauss-Newton matrix, by the path of their weights."""
     with _Bar(progress, "layers") as task:
-        structures = curvature.layer_structure(
-            jax.random.key(3),
-            problem.fun,
-            problem.params,
-            problem.examples,
-            k=k,
-            mask=_matrices,
-            callback=task,
-        )
-    names = [name for name, leaf in checkpoints.named(problem.params).items() if leaf.ndim == 2]
+        structures = curvature.layer_structure(jax.random.key(3), problem.gauss_newton, k=k, callback=task)
+    leaves = checkpoints.named(problem.hessian.params)
+    names = [name for name, leaf in leaves.items() if leaf.ndim == 2]
     blocks = {name: _block(found) for name, found in zip(names, structures.values(), strict=True)}
     return {"num_products": task.done, "blocks": blocks}
 
@@ -184,13 +165,13 @@ def _block(structure: LayerStructure) -> dict[str, Any]:
 
 def noise(problem: Problem, products: int, progress: Progress) -> dict[str, Any]:
     """How much noise the loss bears, and how much it rises with noise of about that size."""
-    key, on = jax.random.key(4), (problem.loss, problem.params, problem.examples)
+    key, h = jax.random.key(4), problem.hessian
     with _Bar(progress, "suggested sigma"):
-        found = curvature.suggest_sigma(key, *on, num_samples=NUM_SAMPLES, num_products=products)
+        found = curvature.suggest_sigma(key, h, num_samples=NUM_SAMPLES, num_products=products)
     sigmas = (found.sigma * SIGMAS).tolist()
     with _Bar(progress, "noise", 1 + 2 * NUM_SAMPLES * len(sigmas)) as task:
         gap = curvature.noise_stability_gap(
-            key, *on, sigmas=sigmas, num_samples=NUM_SAMPLES, num_products=products, callback=task
+            key, h, sigmas=sigmas, num_samples=NUM_SAMPLES, num_products=products, callback=task
         )
     return {
         "suggested": {
@@ -210,13 +191,11 @@ def noise(problem: Problem, products: int, progress: Progress) -> dict[str, Any]
 
 def bound(problem: Problem, progress: Progress) -> dict[str, Any]:
     """A PAC-Bayes bound with all its parts."""
-    leaves = len(jax.tree.leaves(problem.params))
+    leaves = len(jax.tree.leaves(problem.hessian.params))
     with _Bar(progress, "PAC-Bayes bound", BOUND_PROBES * leaves) as task:
         bound = curvature.pac_bayes_bound(
             jax.random.key(5),
-            problem.loss,
-            problem.params,
-            problem.examples,
+            problem.hessian,
             initial_params=problem.initial_params,
             num_probes=BOUND_PROBES,
             callback=task,
@@ -230,6 +209,7 @@ def surface(problem: Problem, pairs: Eigenpairs, loss: float, progress: Progress
 
     Along the first one, a quadratic loss would triple towards the edge.
     """
+    h = problem.hessian
     edge = 2 * math.sqrt(loss / float(pairs.values[0]))
     distances = np.linspace(-edge, edge, GRID_POINTS)
     directions = pairs.vectors[:2]
@@ -237,7 +217,7 @@ def surface(problem: Problem, pairs: Eigenpairs, loss: float, progress: Progress
     with _Bar(progress, "surface", losses.size) as task:
         for done, (i, j) in enumerate(np.ndindex(losses.shape), start=1):
             steps = distances[i], distances[j]
-            losses[i, j] = _loss_beside(problem.loss, problem.params, directions, steps, problem.examples)
+            losses[i, j] = _loss_beside(h.fun, h.params, directions, steps, h.batches)
             task(done)
     # Eigenvectors have no sign: the steeper side goes to the right, and up.
     if losses[0].mean() > losses[-1].mean():
@@ -261,7 +241,7 @@ def _loss_beside(
 
 def num_weights(problem: Problem) -> int:
     """How many weights the network has."""
-    return sum(leaf.size for leaf in jax.tree.leaves(problem.params))
+    return sum(leaf.size for leaf in jax.tree.leaves(problem.hessian.params))
 
 
 def _measured(value: float, error: float, **more: Any) -> dict[str, Any]:

@@ -53,12 +53,10 @@ RATIOS: dict[str, dict[str, Key]] = {
 
 def ours(problem: Problem) -> Library:
     """With a loss that is compiled anew."""
-    _, fun, params, batches = problem
-    loss = jax.jit(fun)
+    h = curvature.hessian(problem.fun, problem.params, problem.batches)
 
     def estimate(method: str, seed: int, num_products: int) -> curvature.Estimate:
-        key = jax.random.key(seed)
-        return curvature.trace(key, loss, params, batches, method=method, num_products=num_products)
+        return curvature.trace(jax.random.key(seed), h, method=method, num_products=num_products)
 
     def value(method: str, seed: int, num_products: int) -> float:
         return float(estimate(method, seed, num_products).value)
@@ -67,8 +65,7 @@ def ours(problem: Problem) -> Library:
         return float(estimate("hutchinson", seed, num_probes).standard_error) * math.sqrt(num_probes)
 
     def eigenvalues(seed: int, tol: float) -> tuple[Sequence[float], int]:
-        key = jax.random.key(seed)
-        pairs = curvature.eigenvalues(key, loss, params, batches, k=trained_networks.NUM_EIGENVALUES, tol=tol)
+        pairs = curvature.eigenvalues(jax.random.key(seed), h, k=trained_networks.NUM_EIGENVALUES, tol=tol)
         return pairs.values.tolist(), pairs.num_products
 
     traces = {method: functools.partial(value, method) for method in METHODS if method != "hutchinson"}
@@ -122,7 +119,7 @@ def check_agreement(problem: Problem, same: Any) -> None:
     keys = jax.random.split(jax.random.key(trained_networks.REFERENCE_SEED), len(leaves))
     drawn = [jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
     tangent = jax.tree.unflatten(structure, drawn)
-    product = curvature.hvp(fun, params, batches)(tangent)
+    product = curvature.hessian(fun, params, batches)(tangent)
     theirs_loss, theirs = peers.loss_and_product(same, peers.tensors(problem.model, tangent))
     loss = float(np.mean([fun(params, batch) for batch in batches]))
     pairs = zip(peers.tensors(problem.model, product), theirs, strict=True)

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -47,7 +48,8 @@ def run(options: Options, progress: Progress) -> dict[str, Any]:
     """
     network, metadata = figures.load(options.model)
     problem = figures.problem(network, metadata)
-    loss = float(problem.loss(problem.params, problem.examples))
+    h = problem.hessian
+    loss = float(jax.jit(h.fun)(h.params, h.batches))
     if not math.isfinite(loss):
         raise UserError(f"{options.model}: the loss of this network is {loss}")
     largest = figures.eigenvalues(problem, "largest", options.eigenvalues, progress)

@@ -267,7 +267,7 @@ def measure_end(gauge: Gauge, model: nnx.Module, split: Split, options: Options)
     trace = _trace(gauge, model, split.train, options, **products)
     params, batches = _batches(model, split.train)
     key, tol = jax.random.key(0), options.eigenvalue_tol
-    pairs = curvature.eigenvalues(key, gauge.loss, params, batches, k=1, tol=tol)
+    pairs = curvature.eigenvalues(key, gauge.hessian(params, batches), k=1, tol=tol)
     return {
         **_evaluated(gauge, model, split.train, "train"),
         **_evaluated(gauge, model, split.test, "test"),
@@ -287,8 +287,8 @@ def _trace(
     gauge: Gauge, model: nnx.Module, examples: Examples, options: Options, **products: Any
 ) -> curvature.Estimate:
     # The same probes for all networks, so that differences between them are less noisy than each.
-    key, (params, batches) = jax.random.key(0), _batches(model, examples)
-    return curvature.trace(key, gauge.loss, params, batches, method=options.trace_method, **products)
+    key, h = jax.random.key(0), gauge.hessian(*_batches(model, examples))
+    return curvature.trace(key, h, method=options.trace_method, **products)
 
 
 def _evaluated(gauge: Gauge, model: nnx.Module, examples: Examples, part: str) -> dict[str, float]:

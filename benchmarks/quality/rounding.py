@@ -73,7 +73,7 @@ def scaled_loss(mode: Mode, model: nnx.Module, batch: Examples) -> jax.Array:
     """The mean cross-entropy, times the mode's factor; from the logits on in float32 at least."""
     graphdef, params = nnx.split(model)
     logits = nnx.merge(graphdef, cast(params, mode.computed))(jnp.asarray(batch.inputs, mode.computed))
-    losses = optax.softmax_cross_entropy_with_integer_labels(noise.widen(logits), batch.labels)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), batch.labels)
     return mode.scale * losses.mean()
 
 

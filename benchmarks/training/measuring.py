@@ -4,6 +4,7 @@ All of it in evaluation mode, without dropout and with batch normalization froze
 function of the weights.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from flax import nnx
 from benchmarks.tasks.data import Examples, Split
 from benchmarks.tasks.models import cross_entropy
 from nso_jax import curvature, noise
+from nso_jax.curvature import CurvatureMatrix
 
 SLICE_DISTANCES = {
     "random": np.linspace(-0.5, 0.5, 21).tolist(),
@@ -29,11 +31,23 @@ class Network(NamedTuple):
     rest: nnx.State
 
 
-class Gauge(NamedTuple):
-    """Compiled functions of params and a batch, the batch being examples with a network's `rest`."""
+# Examples with a network's `rest`.
+Batch = tuple[Examples, nnx.State]
 
-    loss: Callable[[nnx.State, tuple[Examples, nnx.State]], jax.Array]
-    accuracy: Callable[[nnx.State, tuple[Examples, nnx.State]], jax.Array]
+
+@dataclasses.dataclass
+class Gauge:
+    """Compiled functions of params and a batch, and the Hessian of the first one."""
+
+    loss: Callable[[nnx.State, Batch], jax.Array]
+    accuracy: Callable[[nnx.State, Batch], jax.Array]
+    _first: CurvatureMatrix | None = None
+
+    def hessian(self, params: nnx.State, batches: Batch | list[Batch]) -> CurvatureMatrix:
+        """The Hessian of the mean loss, whose programs all networks and data share."""
+        if self._first is None:
+            self._first = curvature.hessian(self.loss, params, batches)
+        return self._first.at(params).on(batches)
 
 
 def split_network(model: nnx.Module) -> tuple[nnx.GraphDef[Any], Network]:
@@ -47,12 +61,12 @@ def gauge(graphdef: nnx.GraphDef[Any]) -> Gauge:
     """Functions for all networks of one structure: whatever the method and seed, they are compiled once."""
 
     @jax.jit
-    def loss(params: nnx.State, batch: tuple[Examples, nnx.State]) -> jax.Array:
+    def loss(params: nnx.State, batch: Batch) -> jax.Array:
         examples, rest = batch
         return cross_entropy(nnx.merge(graphdef, params, rest), examples)
 
     @jax.jit
-    def accuracy(params: nnx.State, batch: tuple[Examples, nnx.State]) -> jax.Array:
+    def accuracy(params: nnx.State, batch: Batch) -> jax.Array:
         examples, rest = batch
         logits = nnx.merge(graphdef, params, rest)(examples.inputs)
         return jnp.mean(jnp.argmax(logits, axis=-1) == examples.labels)
@@ -65,7 +79,7 @@ def measure_point(gauge: Gauge, network: Network, split: Split, num_products: in
     params, rest = network
     train, test, mislabelled = ((part, rest) for part in (split.train, split.test, split.mislabelled_test))
     # The same probes for all networks, so that differences between them are less noisy than each.
-    trace = curvature.trace(jax.random.key(0), gauge.loss, params, train, num_products=num_products)
+    trace = curvature.trace(jax.random.key(0), gauge.hessian(params, train), num_products=num_products)
     train_loss = float(gauge.loss(params, train))
     return {
         "test_accuracy": float(gauge.accuracy(params, test)),
@@ -85,7 +99,7 @@ def measure_surface(gauge: Gauge, network: Network, split: Split, seed: int) -> 
     """
     params, rest = network
     key = jax.random.fold_in(jax.random.key(0), seed)
-    pairs = curvature.eigenvalues(key, gauge.loss, params, (split.train, rest), k=1, tol=1e-3)
+    pairs = curvature.eigenvalues(key, gauge.hessian(params, (split.train, rest)), k=1, tol=1e-3)
     directions = {"random": _random_direction(key, params), "eigenvector": pairs.vectors[0]}
     slices = {
         name: {
@@ -119,6 +133,6 @@ def _along(
     params: nnx.State,
     direction: Any,
     distances: Sequence[float],
-    batch: tuple[Examples, nnx.State],
+    batch: Batch,
 ) -> list[float]:
     return [float(gauge.loss(_moved(params, direction, t), batch)) for t in distances]

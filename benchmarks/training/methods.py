@@ -18,6 +18,7 @@ from nso_jax import noise, penalties, sharpness
 
 MOMENTUM = 0.9
 SWA_START = 0.5  # of the steps
+ARWP_ETA, ARWP_DECAY = 0.1, 0.99
 RSAM_NOISE = 0.01  # over the root mean square of a filter's weights
 
 Name = Literal[
@@ -30,7 +31,11 @@ Name = Literal[
     "asam",
     "rsam",
     "bsam",
+    "ivon",
     "wp-sgd",
+    "lpf-sgd",
+    "mrwp",
+    "marwp",
     "nso",
     "nso-relative",
     "nso-micro",
@@ -113,6 +118,52 @@ def _bsam(
     return sharpness.bsam(
         schedule, num_examples=num_examples, key=key, rho=strength, weight_decay=weight_decay
     )
+
+
+def _ivon(
+    learning_rate: Any,
+    weight_decay: Any,
+    strength: Any,
+    *,
+    num_steps: int,
+    num_examples: int,
+    key: jax.Array,
+) -> optax.GradientTransformation:
+    """Its strength is the inverse of the Hessian at the start: of the first noise's variance."""
+    schedule = optax.cosine_decay_schedule(learning_rate, num_steps)
+    decay: Any = jnp.maximum(weight_decay, 1e-6)
+    return sharpness.ivon(
+        schedule,
+        num_examples=num_examples,
+        key=key,
+        weight_decay=decay,
+        initial_hessian=1 / strength,
+        b2=1 - 1 / num_steps,
+    )
+
+
+class SquaresState(NamedTuple):
+    """Of an optimizer that sums up squared gradients, of which older ones count less."""
+
+    squares: Any
+    inner: Any
+
+
+def _with_squares(
+    learning_rate: Any, weight_decay: Any, strength: Any, *, num_steps: int, **_: Any
+) -> optax.GradientTransformation:
+    """SGD that keeps what ARWP scales its noise by: F <- decay * F + g^2."""
+    optimizer = sgd(learning_rate, weight_decay, strength, num_steps=num_steps)
+
+    def init(params: Any) -> SquaresState:
+        return SquaresState(optax.tree.zeros_like(params), optimizer.init(params))
+
+    def update(updates: Any, state: SquaresState, params: Any) -> tuple[Any, SquaresState]:
+        squares = jax.tree.map(lambda f, g: ARWP_DECAY * f + g**2, state.squares, updates)
+        updates, inner = optimizer.update(updates, state.inner, params)
+        return updates, SquaresState(squares, inner)
+
+    return optax.GradientTransformation(init, update)
 
 
 class AveragingState(NamedTuple):
@@ -206,6 +257,25 @@ def _bayesian(loss: Loss) -> Update:
     return update
 
 
+def _mixed(*, adapted: bool) -> Callable[[Loss], Update]:
+    """m-RWP with noise for each filter, and m-ARWP, whose noise is damped where gradients are large."""
+
+    def of(loss: Loss) -> Update:
+        def update(
+            model: nnx.Module, optimizer: nnx.Optimizer, key: jax.Array, strength: jax.Array, batch: Examples
+        ) -> None:
+            sigma: Any = noise.relative(strength, "filter")
+            if adapted:
+                squares = optax.tree.get(nnx.pure(optimizer.opt_state), "squares")
+                sigma = noise.adaptive(sigma, squares, ARWP_ETA)
+            value_and_grad = nso_jax.nnx.value_and_grad(loss, method=sharpness.mrwp, sigma=sigma)
+            optimizer.update(model, value_and_grad(key, model, batch)[1])
+
+        return update
+
+    return of
+
+
 def penalized(penalty: Penalty) -> Callable[[Loss], Update]:
     """The gradient of the loss and strength times a penalty."""
 
@@ -248,6 +318,7 @@ def _hessian_trace(loss: Loss, key: jax.Array, model: nnx.Module, batch: Example
 def nso(
     *,
     relative: bool = False,
+    per: noise.Per = "weight",
     num_microbatches: int = 1,
     strengths: tuple[float, ...] | None = None,
     **options: Any,
@@ -255,7 +326,8 @@ def nso(
     """Weight noise, the strength of which is sigma, or its ratio to the weights.
 
     Args:
-        relative: Whether noise is in proportion to each weight.
+        relative: Whether noise is in proportion to the weights.
+        per: To which of them.
         num_microbatches: Parts of a batch with fresh noise each.
         strengths: What is tried; there are defaults for both kinds of noise.
         **options: Further ones of `nso_jax.value_and_grad`: `num_samples`, `antithetic`, ...
@@ -265,7 +337,7 @@ def nso(
         def update(
             model: nnx.Module, optimizer: nnx.Optimizer, key: jax.Array, strength: jax.Array, batch: Examples
         ) -> None:
-            sigma = noise.relative(strength) if relative else strength
+            sigma = noise.relative(strength, per) if relative else strength
             value_and_grad = nso_jax.nnx.value_and_grad(loss, sigma=sigma, **options)
             if num_microbatches > 1:
                 value_and_grad = nso_jax.nnx.microbatch(value_and_grad, num_microbatches)
@@ -279,6 +351,7 @@ def nso(
     return Method(of, evaluations + clean, tried, is_noise=True)
 
 
+FILTER_NOISE = (0.0025, 0.005, 0.01, 0.02)
 METHODS: dict[str, Method] = {
     "sgd": Method(plain, optimizer=sgd),
     "adam": Method(plain, optimizer=adamw, rate=0.02),
@@ -289,7 +362,11 @@ METHODS: dict[str, Method] = {
     "asam": Method(_rival(sharpness.asam), 2, (0.25, 0.5, 1.0, 2.0)),
     "rsam": Method(_rival(_rsam), 2, (0.05, 0.1, 0.2, 0.4)),
     "bsam": Method(_bayesian, 2, (0.01, 0.03, 0.1, 0.3), _bsam, rate=10.0),
+    "ivon": Method(_bayesian, 1, (1.0, 3.0, 10.0, 30.0), _ivon),
     "wp-sgd": nso(antithetic=False),
+    "lpf-sgd": nso(relative=True, per="filter", num_microbatches=4, antithetic=False, strengths=FILTER_NOISE),
+    "mrwp": Method(_mixed(adapted=False), strengths=FILTER_NOISE, is_noise=True),
+    "marwp": Method(_mixed(adapted=True), strengths=FILTER_NOISE, optimizer=_with_squares, is_noise=True),
     "nso": nso(),
     "nso-relative": nso(relative=True),
     "nso-micro": nso(relative=True, num_microbatches=4),

@@ -1,6 +1,6 @@
 """The Kronecker product that comes near a dense layer's block of the Hessian."""
 
-import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,11 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from nso_jax import noise
-from nso_jax.curvature._layer_uses import Layout, NotDenseError, Use, find_layout, tapped
-from nso_jax.curvature._subspaces import subspace_overlap
+from nso_jax.curvature._batches import batch_size, weighted
+from nso_jax.curvature._dense_layers import Layout, NotDenseError, Use, find_layout, tapped
+from nso_jax.curvature._estimators import Products
+from nso_jax.curvature._probes import mean_and_error, random_signs
+from nso_jax.curvature._programs import Loss, Programs
 from nso_jax.curvature.eigenvalues import Eigenpairs
-from nso_jax.curvature.operators import GaussNewton, Operator, Weight, batch_size, weighted
-from nso_jax.curvature.probes import mean_and_error
+from nso_jax.curvature.operators import CurvatureMatrix
+from nso_jax.curvature.subspaces import subspace_overlap
 
 _MATRIX = 2  # dimensions
 # An estimated factor with a standard error of this part of it is exact enough: K is farther from B than that.
@@ -51,35 +54,25 @@ class KroneckerFactors(NamedTuple):
 
 
 class Block(NamedTuple):
-    """One leaf's block of the matrix that `fun` stands for."""
+    """One leaf's block of a matrix."""
 
-    fun: Callable[[Any, Any], jax.Array]
-    params: Any
-    batches: Any
+    matrix: CurvatureMatrix  # of this leaf alone
     position: int
-    new_callback: Callable[[], Callable[[int], None]]
-    weight: Weight | None = None
+    new_callback: Callable[[], Callable[[int], object] | None]
 
     @property
     def leaf(self) -> jax.Array:
         """The leaf."""
-        return jax.tree.leaves(self.params)[self.position]
+        return jax.tree.leaves(self.matrix.params)[self.position]
 
     @property
-    def mask(self) -> Any:
-        """The mask that selects the leaf."""
-        leaves, structure = jax.tree.flatten(self.params)
-        return jax.tree.unflatten(structure, [i == self.position for i in range(len(leaves))])
+    def loss(self) -> Loss:
+        """What the matrix is of."""
+        return self.matrix.programs.loss
 
-    @property
-    def model(self) -> Callable[[Any, Any], Any]:
-        """The function that is traced: what comes after its outputs does not depend on the leaf."""
-        return self.fun.model if isinstance(self.fun, GaussNewton) else self.fun
-
-    def operator(self, fun: Any, params: Any, mask: Any) -> Operator:
-        """Products with the matrix of another function, on the same data."""
-        callback = self.new_callback()
-        return Operator(fun, params, self.batches, mask=mask, weight=self.weight, callback=callback)
+    def products(self, matrix: CurvatureMatrix) -> Products:
+        """Products with a matrix, which count among those of all layers."""
+        return Products(matrix, self.new_callback())
 
 
 class _Layer(NamedTuple):
@@ -97,8 +90,9 @@ def kronecker_factors(
     shape = block.leaf.shape
     if len(shape) < _MATRIX:
         raise NotDenseError(f"the leaf has shape {shape}, and the weight of a dense layer is a matrix.")
-    _, first, _ = next(weighted(block.batches, block.weight))
-    use, layout = find_layout(block.model, block.position, block.params, first)
+    _, first, _ = next(weighted(block.matrix.batches, block.matrix.weight))
+    inputs = block.matrix.programs.compiled(_use, static_argnames="position")
+    use, layout = find_layout(functools.partial(inputs, position=block.position), block.matrix.params, first)
     layer = _Layer(use, layout, weight_sharing == "reduce")
     moment, positions = _input_moment(block, layer)
     mixing_key, probe_key = jax.random.split(key)
@@ -112,28 +106,38 @@ def kronecker_factors(
     return KroneckerFactors(moment, matrix, error, standard_error, values, vectors, overlap, matrix_error)
 
 
+def _use(loss: Loss, params: Any, batch: Any, *, position: int) -> Use:
+    return tapped(loss.traced, position, params, batch)[1]
+
+
 def _input_moment(block: Block, layer: _Layer) -> tuple[np.ndarray, set[int]]:
     """E[x x^T], and how many positions the examples have in the batches."""
-
-    @jax.jit
-    def moment(params: Any, batch: Any) -> tuple[jax.Array, int]:
-        inputs = tapped(block.model, block.position, params, batch)[1].inputs
-        x = layer.layout.rows(inputs, batch_size(batch, 0)).astype(_tap_dtype(inputs))
-        positions = x.shape[1]
-        x = jnp.mean(x, axis=1) if layer.reduce else x.reshape(-1, x.shape[2])
-        return jnp.matmul(x.T, x, precision="highest") / len(x), positions
-
+    h = block.matrix
+    moment = h.programs.compiled(_batch_moment, static_argnames=("position", "layout", "reduce"))
     total: Any = 0.0
     size = 0.0
     found = set()
-    for _, batch, weight in weighted(block.batches, block.weight):
-        matrix, positions = jax.device_get(moment(block.params, batch))
+    for _, batch, weight in weighted(h.batches, h.weight):
+        matrix, positions = jax.device_get(
+            moment(h.params, batch, position=block.position, layout=layer.layout, reduce=layer.reduce)
+        )
         found.add(int(positions))
-        of_examples = block.weight is None and not layer.reduce  # which have so many inputs each
+        of_examples = h.weight is None and not layer.reduce  # which have so many inputs each
         count = weight * (int(positions) if of_examples else 1)
         total += count * np.asarray(matrix, np.float64)
         size += count
     return total / size, found
+
+
+def _batch_moment(
+    loss: Loss, params: Any, batch: Any, *, position: int, layout: Layout, reduce: bool
+) -> tuple[jax.Array, int]:
+    """The mean of x x^T in a batch, and how many positions its examples have."""
+    inputs = _use(loss, params, batch, position=position).inputs
+    x = layout.rows(inputs, batch_size(batch, 0)).astype(_tap_dtype(inputs))
+    positions = x.shape[1]
+    x = jnp.mean(x, axis=1) if reduce else x.reshape(-1, x.shape[2])
+    return jnp.matmul(x.T, x, precision="highest") / len(x), positions
 
 
 def _output_matrix(
@@ -152,9 +156,9 @@ def _output_matrix(
     def signs(n: int, r: int) -> jax.Array:
         return noise.rademacher(sign_key, (n, 1 if layer.reduce else r, 1), _tap_dtype(block.leaf))
 
-    operator = _shifts(block, layer, 1, _to_all, signs)
+    products = block.products(_shifts(block, layer, 1, _to_all, signs))
     direction = np.asarray(jax.random.normal(direction_key, (size,)), np.float64)
-    images = operator.products(np.vstack([np.eye(size, 2 * size), np.append(np.zeros(size), direction)]))
+    images = products(np.vstack([np.eye(size, 2 * size), np.append(np.zeros(size), direction)]))
     matrix, signed = images[:-1, :size], images[-1, size:]
     scale = np.linalg.norm(matrix) * np.linalg.norm(direction) + np.linalg.norm(signed)
     if np.linalg.norm(signed - matrix @ direction) <= np.sqrt(layer.use.epsilon) * scale:
@@ -179,11 +183,11 @@ def _sum_over_positions(
     """
     exact = len(positions) == 1 and max(positions) <= num_probes
     number = max(positions) if exact else num_probes
-    operator = _shifts_of_unmixed(key, block, layer, number, exact=exact)
+    products = _shifts_of_unmixed(key, block, layer, number, exact=exact)
     size = layer.use.size
     terms: list[np.ndarray] = []
     for start in range(0, number * size, size):
-        term = operator.products(np.eye(size, operator.size, start))[:, start : start + size]
+        term = products(np.eye(size, products.h.size, start))[:, start : start + size]
         terms.append((term + term.T) / 2)
         if not exact and len(terms) > 1 and _relative_error(terms) <= _ENOUGH:
             break
@@ -192,7 +196,7 @@ def _sum_over_positions(
     return np.mean(terms, axis=0), _relative_error(terms)
 
 
-def _shifts_of_unmixed(key: jax.Array, block: Block, layer: _Layer, number: int, *, exact: bool) -> Operator:
+def _shifts_of_unmixed(key: jax.Array, block: Block, layer: _Layer, number: int, *, exact: bool) -> Products:
     """The matrix by biases for one position each, or with random signs; raises if examples mix."""
     draw_key, sign_key, direction_key = jax.random.split(key, 3)
     dtype = _tap_dtype(block.leaf)
@@ -204,15 +208,15 @@ def _shifts_of_unmixed(key: jax.Array, block: Block, layer: _Layer, number: int,
     def signs(n: int, r: int) -> jax.Array:  # noqa: ARG001
         return noise.rademacher(sign_key, (n, 1, 1), dtype)
 
-    operator = _shifts(block, layer, number, _to_all if exact else with_signs, signs)
-    width = operator.size // 2
+    products = block.products(_shifts(block, layer, number, _to_all if exact else with_signs, signs))
+    width = products.h.size // 2
     direction = np.asarray(jax.random.normal(direction_key, (1, width)), np.float64)
-    images = operator.products(np.kron(np.eye(2), direction))
+    images = products(np.kron(np.eye(2), direction))
     common, signed = images[0, :width], images[1, width:]
     scale = np.linalg.norm(common) + np.linalg.norm(signed)
     if np.linalg.norm(signed - common) > np.sqrt(layer.use.epsilon) * scale:
         raise _mixing_error()
-    return operator
+    return products
 
 
 def _relative_error(samples: list[np.ndarray]) -> float:
@@ -228,12 +232,13 @@ def _shifts(
     number: int,
     spread: Callable[[jax.Array, int, int], jax.Array],
     signs: Callable[[int, int], jax.Array],
-) -> Operator:
+) -> CurvatureMatrix:
     """The matrix by biases of the layer: a `number` that are common to the examples, and as many with signs.
 
     From the numbers of examples and of positions, `spread` turns biases (number, out) into what each z_i gets
     of them, and `signs` gives the signs that the others get besides; both fit (examples, positions, out).
     """
+    h, traced = block.matrix, block.loss.traced
     zeros = jnp.zeros((number, layer.use.size), _tap_dtype(block.leaf))
 
     def model(shifted: Any, batch: Any) -> Any:
@@ -241,13 +246,12 @@ def _shifts(
             common, signed = (spread(shifted[name], n, r) for name in ("common", "signed"))
             return jnp.broadcast_to(common + signs(n, r) * signed, (n, r, layer.use.size))
 
-        return tapped(block.model, block.position, shifted["params"], batch, (layer.layout, shift))[0]
+        return tapped(traced, block.position, shifted["params"], batch, (layer.layout, shift))[0]
 
-    fun: Any = dataclasses.replace(block.fun, model=model) if isinstance(block.fun, GaussNewton) else model
-    return block.operator(
-        fun,
-        {"common": zeros, "params": block.params, "signed": zeros},
-        {"common": True, "params": False, "signed": True},
+    return h.like(
+        programs=Programs(block.loss.of(model)),
+        params={"common": zeros, "params": h.params, "signed": zeros},
+        mask={"common": True, "params": False, "signed": True},
     )
 
 
@@ -268,9 +272,8 @@ def product_error(
     key: jax.Array, block: Block, left: np.ndarray, right: np.ndarray, num_probes: int
 ) -> tuple[float, float]:
     """||B - K||_F / ||B||_F and its standard error, by the delta method for the root of a ratio of means."""
-    operator = block.operator(block.fun, block.params, block.mask)
-    probes = operator.signs(key, 0, num_probes)
-    exact = operator.products(probes)
+    probes = random_signs(key, 0, num_probes, block.matrix.size)
+    exact = block.products(block.matrix)(probes)
     matrices = probes.reshape(-1, len(left), len(right))
     approximate = np.reshape(left @ matrices @ right, exact.shape)
     missed = np.sum((exact - approximate) ** 2, axis=1)

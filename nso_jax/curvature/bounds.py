@@ -10,26 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from nso_jax import noise
-from nso_jax._checks import check_choice, check_count, check_inexact, check_loss, describe
-from nso_jax._derivatives import traced
-from nso_jax.curvature.operators import (
-    Weight,
-    batch_size,
-    batch_weight,
-    check_batches,
-    check_call,
-    check_concrete,
-    check_function,
-    check_params,
-    check_weight,
-    chosen_leaves,
-    each,
-    explained,
-    is_jitted,
-    starting_with_key,
-    unevenness,
-)
-from nso_jax.curvature.probes import mean_and_error
+from nso_jax._checks import check_choice, check_count, check_inexact, describe, leaf_name
+from nso_jax._derivatives import second_derivative, traced
+from nso_jax.curvature._batches import Weight, batch_size, batch_weight, each, explained, unevenness
+from nso_jax.curvature._checks import check_concrete, check_like
+from nso_jax.curvature._estimators import estimator
+from nso_jax.curvature._probes import mean_and_error
+from nso_jax.curvature._programs import Loss, checked_loss
+from nso_jax.curvature._vectors import Flags
+from nso_jax.curvature.operators import CurvatureMatrix
 
 __all__ = ["PacBayesBound", "pac_bayes_bound"]
 
@@ -64,18 +53,14 @@ class PacBayesBound(NamedTuple):
     leaf_distances: Any
 
 
-@starting_with_key
+@estimator
 def pac_bayes_bound(
     key: jax.Array,
-    fun: Callable[[Any, Any], jax.Array],
-    params: Any,
-    batches: Any,
+    h: CurvatureMatrix,
     *,
     initial_params: Any,
     num_probes: int = 10,
     per: str = "example",
-    mask: Any = None,
-    weight: Callable[[Any], Any] | None = None,
     callback: Callable[[int], object] | None = None,
 ) -> PacBayesBound:
     """Evaluates a PAC-Bayes bound on the generalization gap of trained weights W.
@@ -97,28 +82,24 @@ def pac_bayes_bound(
 
     The derivative is taken forward over forward, at once for all the examples of a batch, which share the
     probes: no array of the size of the params is made for an example. It takes four to five evaluations
-    of `fun` for each probe, leaf and batch. The largest of noisy estimates is biased upwards, so the bound
+    of the loss for each probe, leaf and batch. The largest of noisy estimates is biased upwards, so the bound
     errs on the safe side; more probes bring it down. C and traces whose maximum is negative count as 0.
 
     Args:
       key: PRNG key. Probe j of a leaf depends on the key, on j and on the leaf's path alone.
-      fun: `fun(params, batch)` is the mean loss over the batch, a real scalar, as in `hvp`. It must allow
-        forward differentiation, which `jax.custom_vjp` does not: give the loss without it here.
-      params: any pytree of real arrays: the trained weights.
-      batches: one batch, or a list or other re-iterable of batches, by the rule of `hvp`. They are taken one
-        after another, and how the examples are divided into them matters for `per="batch"` only.
-      initial_params: a pytree like `params`: the weights that the training started from, pretrained ones
-        in fine-tuning. The theorem needs them to be independent of the data.
+      h: what `hessian` makes of the loss, at the trained weights. The loss must allow forward
+        differentiation, which `jax.custom_vjp` does not: give it without that here. A Gauss-Newton matrix is
+        taken as the loss that it is made of. Leaves that its mask leaves out count as fixed: their traces and
+        distances are 0. Its batches are taken one after another, and how the examples are divided into them
+        matters for `per="batch"` only. The bound has no mean over examples and counts them only, tokens
+        never: `weight`, if there is one, must give their number, the length of a leading axis of the batch.
+        It is needed only where leaves of a batch have leading axes of different lengths.
+      initial_params: a pytree like the params of `h`: the weights that the training started from,
+        pretrained ones in fine-tuning. The theorem needs them to be independent of the data.
       num_probes: m, at least 2.
       per: "example", as the theorem has it: `fun` is given batches of one example, `x[i:i+1]` of every array
         that has the leading axis of its batch, other leaves as they are. Or "batch": C and alpha are those
         of the batches' mean losses, which are less than the theorem's, in less time.
-      mask: bools, a prefix pytree of `params` or a callable giving one: which leaves have been trained. The
-        others count as fixed, with neither a trace nor a distance: both are 0 there.
-      weight: `weight(batch)` is the number of examples in a batch, such as `batch["x"].shape[0]`: the length
-        of a leading axis in it. The bound has no mean over examples and counts them only, tokens never, so
-        this is needed only where the leaves of a batch have leading axes of different lengths. Batches of
-        weight 0 are skipped. None: the length that all leaves have.
       callback: called with the number of second derivatives so far, one for each probe, chosen leaf and
         batch, after each probe of a batch: for a progress bar.
 
@@ -126,12 +107,11 @@ def pac_bayes_bound(
       The `PacBayesBound`.
 
     Raises:
-      TypeError: `key` is not a PRNG key, a leaf of `initial_params` is not real floating point, `fun`,
-        `params`, `batches` or `weight` is none that `hvp` takes, or `fun` has a `jax.custom_vjp` inside.
-      ValueError: `initial_params` is unlike `params`, `num_probes` is less than 2, `per` is unknown, there
-        are no batches, one of them has no examples, leaves of one differ in their leading axes and there is
-        no `weight`, `weight` is the length of none of them, or `mask` does not fit `params` or selects
-        nothing.
+      TypeError: `key` is not a PRNG key, `h` is not a `CurvatureMatrix`, a leaf of `initial_params` is not
+        real floating point, or the loss has a `jax.custom_vjp` inside.
+      ValueError: `initial_params` is unlike the params of `h`, `num_probes` is less than 2, `per` is unknown,
+        leaves of a batch differ in their leading axes and there is no `weight`, or `weight` is the length of
+        none of them.
       FloatingPointError: a loss, a second derivative or a distance is not finite.
 
     Example:
@@ -139,12 +119,13 @@ def pac_bayes_bound(
 
       >>> import jax
       >>> import jax.numpy as jnp
-      >>> from nso_jax.curvature.bounds import pac_bayes_bound
+      >>> from nso_jax import curvature
       >>> def loss(params, batch):
       ...     return jnp.mean((batch @ params["w"]) ** 2) / 2
       >>> params, initial = {"w": jnp.ones(2)}, {"w": jnp.array([1.0, -3.0])}
       >>> batch = jnp.array([[5.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 2.0]])
-      >>> bound = pac_bayes_bound(jax.random.key(0), loss, params, batch, initial_params=initial)
+      >>> h = curvature.hessian(loss, params, batch)
+      >>> bound = curvature.pac_bayes_bound(jax.random.key(0), h, initial_params=initial)
       >>> bound.max_loss, bound.max_trace, bound.distance, bound.sample_size
       (12.5, 25.0, 4.0, 4)
       >>> round(bound.value, 3)  # sqrt(12.5 * 25 * 4**2 / 4)
@@ -155,37 +136,31 @@ def pac_bayes_bound(
       Hutchinson, A stochastic estimator of the trace of the influence matrix for Laplacian smoothing
       splines, Communications in Statistics: Simulation and Computation 19(2), 1990.
     """
-    key = check_call(key)
     check_choice("per", per, _UNITS)
     check_count("num_probes", num_probes, 2)
-    check_batches(batches)
-    check_function(fun)
-    check_weight(weight)
-    params = check_params(params)
-    flags = chosen_leaves(mask, params)
-    distances = _leaf_distances(params, initial_params, flags)
-    measure = _kept_measure(fun, per) if is_jitted(fun) else _new_measure(fun, per)
-    largest = _Largest(-math.inf, -math.inf, 0.0, np.where(flags, -math.inf, 0.0))
+    distances = _leaf_distances(h, initial_params)
+    measure = h.programs.compiled(losses_and_curvatures, static_argnames=("per", "size"))
+    largest = _Largest(-math.inf, -math.inf, 0.0, np.where(h.flags, -math.inf, 0.0))
     sample_size = probes = 0
-    for index, batch in enumerate(each(batches)):
+    for index, batch in enumerate(each(h.batches)):
         check_concrete(f"batches[{index}]", batch)
-        size = _sample_size(batch, index, weight)
+        size = _sample_size(batch, index, h.weight)
         if not size:
             continue
-        on_batch = functools.partial(measure, params, batch=jax.device_put(batch), size=size)
+        on_batch = functools.partial(measure, h.params, batch=jax.device_put(batch), per=per, size=size)
         rows = []
         for j in range(num_probes):
-            with explained(fun, batches):
-                rows.append(_probe(on_batch, _signs(key, j, params), flags))
+            with explained(h.programs.loss.functions, h.batches):
+                rows.append(_probe(on_batch, _signs(key, j, h.params), h.flags))
             probes += 1
             if callback is not None:
-                callback(probes * sum(flags))
+                callback(probes * sum(h.flags))
         losses, samples = _checked(rows, index)
         largest = _larger(largest, losses, samples)
         sample_size += size
     if not sample_size:
         raise ValueError("batches is empty: its iteration gave no batch, or none that `weight` lets count.")
-    return _bound(params, per, sample_size, distances, largest)
+    return _bound(h.params, per, sample_size, distances, largest)
 
 
 def _sample_size(batch: Any, index: int, weight: Weight | None) -> int:
@@ -247,58 +222,34 @@ def _bound(
     )
 
 
-def _new_measure(
-    fun: Callable[[Any, Any], jax.Array], per: str
-) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """Compiles f_i and v^T H_i v of each example i of a batch, or of the batch, for signs v in one leaf."""
-
-    @functools.partial(jax.jit, static_argnames="size")
-    def measure(
-        params: Any, signs: Any, leaf: jax.Array, *, batch: Any, size: int
-    ) -> tuple[jax.Array, jax.Array]:
-        draws, structure = jax.tree.flatten(signs)
-        inside = [(leaf == i).astype(v.dtype) * v for i, v in enumerate(draws)]
-        along = functools.partial(_second_derivative, fun, params, jax.tree.unflatten(structure, inside))
-        arrays, structure = jax.tree.flatten(batch)
-        own = [per == "example" and x.ndim > 0 and x.shape[0] == size for x in arrays]
-        if not any(own):
-            return jax.tree.map(lambda x: x[None], along(batch))
-
-        def one(*slices: jax.Array) -> tuple[jax.Array, jax.Array]:
-            cut = [x[None] if flag else x for x, flag in zip(slices, own, strict=True)]
-            return along(jax.tree.unflatten(structure, cut))
-
-        return jax.vmap(one, in_axes=[0 if flag else None for flag in own])(*arrays)
-
-    return measure
-
-
-# For jitted functions only; few, because an entry keeps alive what its function closes over.
-_kept_measure = functools.lru_cache(maxsize=16)(_new_measure)
-
-
-def _second_derivative(
-    fun: Callable[[Any, Any], jax.Array], params: Any, direction: Any, batch: Any
+def losses_and_curvatures(
+    loss: Loss, params: Any, signs: Any, leaf: jax.Array, *, batch: Any, per: str, size: int
 ) -> tuple[jax.Array, jax.Array]:
-    """The loss, and its second derivative along a direction."""
+    """f_i and v^T H_i v of each example i of a batch, or of the batch, for signs v in one leaf."""
+    draws, structure = jax.tree.flatten(signs)
+    inside = [(leaf == i).astype(v.dtype) * v for i, v in enumerate(draws)]
+    along = functools.partial(_loss_and_curvature, loss, params, jax.tree.unflatten(structure, inside))
+    arrays, structure = jax.tree.flatten(batch)
+    own = [per == "example" and x.ndim > 0 and x.shape[0] == size for x in arrays]
+    if not any(own):
+        return jax.tree.map(lambda x: x[None], along(batch))
 
-    def checked(params: Any) -> jax.Array:
-        value = fun(params, batch)
-        check_loss(value)
-        return value
+    def one(*slices: jax.Array) -> tuple[jax.Array, jax.Array]:
+        cut = [x[None] if flag else x for x, flag in zip(slices, own, strict=True)]
+        return along(jax.tree.unflatten(structure, cut))
 
-    loss, backward_only = traced(checked, params)
+    return jax.vmap(one, in_axes=[0 if flag else None for flag in own])(*arrays)
+
+
+def _loss_and_curvature(loss: Loss, params: Any, v: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+    """The loss, and its second derivative along v."""
+    evaluate, backward_only = traced(lambda params: checked_loss(loss.fun(params, batch)), params)
     if backward_only:
         raise TypeError(
             "fun: has a jax.custom_vjp inside, and forward mode, which pac_bayes_bound needs, does not go "
             "through it; give the same loss without it, such as with plain instead of fused attention."
         )
-
-    def loss_and_slope(params: Any) -> tuple[jax.Array, jax.Array]:
-        return jax.jvp(loss, (params,), (direction,))
-
-    (value, _), (_, curvature) = jax.jvp(loss_and_slope, (params,), (direction,))
-    return value, curvature
+    return evaluate(params), second_derivative(evaluate, params, v, v)
 
 
 @jax.jit
@@ -309,7 +260,7 @@ def _signs(key: jax.Array, index: jax.Array, params: Any) -> Any:
 
 
 def _probe(
-    measure: Callable[..., tuple[jax.Array, jax.Array]], signs: Any, flags: list[bool]
+    measure: Callable[..., tuple[jax.Array, jax.Array]], signs: Any, flags: Flags
 ) -> tuple[np.ndarray, np.ndarray]:
     """The losses of a batch's examples, and v^T H v by leaf and example, 0 for leaves that are not chosen."""
     chosen = [leaf for leaf, flag in enumerate(flags) if flag]
@@ -333,33 +284,18 @@ def _checked(rows: list[tuple[np.ndarray, np.ndarray]], index: int) -> tuple[np.
     return losses, samples
 
 
-def _leaf_distances(params: Any, initial_params: Any, flags: list[bool]) -> np.ndarray:
+def _leaf_distances(h: CurvatureMatrix, initial_params: Any) -> np.ndarray:
     """The norm of each leaf's change, 0 where it is not chosen."""
     check_inexact(initial_params, "initial_params")
-    check_concrete("initial_params", initial_params)
-    pairs = dict(_with_names(params)), dict(_with_names(initial_params))
-    expected: Any = jax.tree.structure(params)
-    given: Any = jax.tree.structure(initial_params)
-    if expected != given:
-        odd = [name for name in pairs[0] | pairs[1] if (name in pairs[0]) != (name in pairs[1])]
-        hint = f"; only one of them has leaf {odd[0]}" if odd else ""
-        raise ValueError(f"initial_params: expected a pytree like params, {expected}, got {given}{hint}.")
-    distances = np.zeros(len(flags))
-    for i, (name, leaf) in enumerate(pairs[0].items()):
-        first = pairs[1][name]
-        if np.shape(first) != leaf.shape:
-            raise ValueError(
-                f"initial_params: expected shape {leaf.shape} for leaf {name}, got {np.shape(first)}."
-            )
+    check_like("initial_params", initial_params, h.params)
+    distances = np.zeros(len(h.flags))
+    trees = jax.tree.leaves_with_path(h.params), jax.tree.leaves(initial_params)
+    for i, ((path, leaf), first) in enumerate(zip(*trees, strict=True)):
+        name = leaf_name(path)
         if jnp.iscomplexobj(first):
             raise TypeError(f"initial_params: leaf {name} is {describe(first)}, expected real numbers.")
         change = np.asarray(leaf, np.float64) - np.asarray(first, np.float64)
-        distances[i] = np.linalg.norm(change) if flags[i] else 0.0
+        distances[i] = np.linalg.norm(change) if h.flags[i] else 0.0
         if not np.isfinite(distances[i]):
             raise FloatingPointError(f"The distance of leaf {name} from initial_params is not finite.")
     return distances
-
-
-def _with_names(tree: Any) -> list[tuple[str, Any]]:
-    pairs = jax.tree.leaves_with_path(tree)
-    return [(jax.tree_util.keystr(path) or "(the whole)", leaf) for path, leaf in pairs]

@@ -1,4 +1,4 @@
-"""The outermost eigenvalues of the Hessian of the mean loss, with their eigenvectors."""
+"""The outermost eigenvalues of a curvature matrix, with their eigenvectors."""
 
 import warnings
 from collections.abc import Callable
@@ -9,13 +9,10 @@ import numpy as np
 from scipy.linalg import eigh_tridiagonal
 
 from nso_jax._checks import check_choice, check_count
-from nso_jax.curvature.operators import (
-    Operator,
-    check_call,
-    check_tolerance,
-    orthogonalise,
-    starting_with_key,
-)
+from nso_jax.curvature._checks import check_tolerance
+from nso_jax.curvature._estimators import Products, estimator
+from nso_jax.curvature._lanczos import Lanczos, orthogonalise
+from nso_jax.curvature.operators import CurvatureMatrix
 
 __all__ = ["Eigenpairs", "eigenvalues"]
 
@@ -43,19 +40,15 @@ class Eigenpairs(NamedTuple):
     num_products: int
 
 
-@starting_with_key
+@estimator
 def eigenvalues(
     key: jax.Array,
-    fun: Callable[[Any, Any], jax.Array],
-    params: Any,
-    batches: Any,
+    h: CurvatureMatrix,
     *,
     k: int = 5,
     which: str = "largest",
     tol: float = 1e-6,
     max_products: int | None = None,
-    mask: Any = None,
-    weight: Callable[[Any], Any] | None = None,
     callback: Callable[[int], object] | None = None,
 ) -> Eigenpairs:
     """Computes the k largest eigenvalues of the Hessian H of the mean loss, with their eigenvectors.
@@ -79,9 +72,8 @@ def eigenvalues(
 
     Args:
       key: PRNG key for the start vector.
-      fun: `fun(params, batch)` is the mean loss over the batch, a real scalar, as in `hvp`.
-      params: any pytree of real arrays.
-      batches: one batch, or a list or other re-iterable of batches, by the rule of `hvp`.
+      h: the matrix, as `hessian` or `gauss_newton` makes it. The vectors are zero in leaves that its mask
+        leaves out.
       k: how many eigenvalues.
       which: "largest" (the most positive: the sharpest directions), "smallest" (the most negative first)
         or "magnitude" (by absolute value).
@@ -89,10 +81,6 @@ def eigenvalues(
         eigenvalue is then at most of that size, and of its square where no other one is near.
       max_products: the most products, those for the residuals included; at least 2 k. The default is
         1000 + k, or the number of parameters + k where that is less: enough for an exact result.
-      mask: bools, a prefix pytree of `params` or a callable giving one: only these leaves' block of H. The
-        vectors are zero elsewhere.
-      weight: `weight(batch)`, how much the mean loss of a batch counts, as in `hvp`: a mean over tokens needs
-        it, `lambda batch: batch["mask"].sum()`. None: the number of examples.
       callback: called with the number of products so far, whenever some are done: for a progress bar.
 
     Returns:
@@ -103,9 +91,9 @@ def eigenvalues(
         found, and its residuals say how good.
 
     Raises:
-      TypeError: `key` is not a PRNG key, or `fun`, `params`, `batches` or `weight` is none that `hvp` takes.
+      TypeError: `key` is not a PRNG key, or `h` is not a `CurvatureMatrix`.
       ValueError: `k` is less than 1 or more than the number of parameters, `which` is unknown, `tol` is not
-        positive, `max_products` is less than 2 k, or `mask` does not fit `params` or selects nothing.
+        positive, or `max_products` is less than 2 k.
       FloatingPointError: the product of a batch is not finite.
 
     Example:
@@ -115,7 +103,7 @@ def eigenvalues(
       >>> def loss(params, batch):
       ...     return jnp.mean((batch @ params["w"]) ** 2) / 2
       >>> params, batch = {"w": jnp.zeros(3)}, jnp.diag(jnp.array([3.0, 6.0, 9.0]))
-      >>> pairs = curvature.eigenvalues(jax.random.key(0), loss, params, batch, k=2)
+      >>> pairs = curvature.eigenvalues(jax.random.key(0), curvature.hessian(loss, params, batch), k=2)
       >>> pairs.values.round(3)
       array([27., 12.])
       >>> abs(pairs.vectors[0]["w"]).round(3)
@@ -125,29 +113,28 @@ def eigenvalues(
       Golub, Van Loan, Matrix Computations, 4th edition, chapter 10, Johns Hopkins University Press, 2013.
       Parlett, The Symmetric Eigenvalue Problem, chapter 13, SIAM, 1998.
     """
-    key = check_call(key)
     check_choice("which", which, _RANKS)
     check_tolerance("tol", tol)
     check_count("k", k, 1)
-    operator = Operator(fun, params, batches, mask=mask, weight=weight, callback=callback)
-    if k > operator.size:
-        raise ValueError(f"k: expected at most the number of parameters, {operator.size}, got {k}.")
+    if k > h.size:
+        raise ValueError(f"k: expected at most the number of parameters, {h.size}, got {k}.")
     if max_products is not None:
         check_count("max_products", max_products, 2 * k)
-    steps = min(operator.size, 1000 if max_products is None else max_products - k)
-    target = _Target(k, _RANKS[which], tol, max(tol, operator.epsilon), steps)
-    krylov = _lanczos(key, operator, target)
+    products = Products(h, callback)
+    steps = min(h.size, 1000 if max_products is None else max_products - k)
+    target = _Target(k, _RANKS[which], tol, steps)
+    krylov, settled = _krylov(key, products, target)
     # As they will be returned, in the precision of the params.
-    vectors = [operator.unravel(vector) for vector in _ritz_vectors(krylov, target)]
-    values, residuals = _rayleigh(operator, np.stack([operator.ravel(vector) for vector in vectors]))
-    if not krylov.settled:
+    vectors = [h.unravel(vector) for vector in _ritz_vectors(krylov, target)]
+    values, residuals = _rayleigh(products, np.stack([h.ravel(vector) for vector in vectors]))
+    if not settled:
         warnings.warn(
             f"eigenvalues stopped after {steps + k} products, before tol={tol}: the largest residual is "
             f"{residuals.max():.2g}. Raise max_products or tol.",
-            stacklevel=2,
+            stacklevel=3,  # the decorator is in between
         )
     order = _most_wanted(values, target)
-    return Eigenpairs(values[order], [vectors[i] for i in order], residuals[order], operator.num_products)
+    return Eigenpairs(values[order], [vectors[i] for i in order], residuals[order], products.count)
 
 
 class _Target(NamedTuple):
@@ -156,59 +143,38 @@ class _Target(NamedTuple):
     k: int
     rank: Callable[[np.ndarray], np.ndarray]
     tol: float  # of a wanted pair's residual, relative to the largest |theta|
-    # What is left of a product is taken for zero below this, relative to the largest product: the basis then
-    # spans an invariant subspace to the tolerance, or to the products' rounding if that is coarser.
-    floor: float
     steps: int
 
 
-class _Krylov(NamedTuple):
-    """An orthonormal basis, a row for each vector, and the tridiagonal matrix of the operator in it."""
+def _krylov(key: jax.Array, products: Products, target: _Target) -> tuple[Lanczos, bool]:
+    """Lanczos' method until the wanted pairs are found or the steps are over, and whether they are found.
 
-    basis: np.ndarray
-    diagonal: list[float]
-    off_diagonal: list[float]
-    settled: bool
-
-
-def _lanczos(key: jax.Array, operator: Operator, target: _Target) -> _Krylov:
-    """Lanczos' method from a random vector, and from another one where the basis spans an invariant subspace.
-
-    The tridiagonal matrix then falls into blocks: `first` is where the last one begins, and `closed` has the
-    eigenvalues of those before it.
+    It begins with a random vector, and goes on with another one where the basis spans an invariant subspace
+    to the tolerance, or to the products' rounding if that is coarser.
     """
-    basis = np.empty((min(target.steps, 32), operator.size))
-    diagonal: list[float] = []
-    off_diagonal: list[float] = []
-    first, closed, scale = 0, np.empty(0), 0.0
-    vector = _random_unit(key, basis[:0])
+    h = products.h
+    krylov = Lanczos(
+        _random_unit(key, np.empty((0, h.size))),
+        floor=max(target.tol, h.epsilon),
+        capacity=min(target.steps, 32),
+    )
+    closed = np.empty(0)  # eigenvalues of the blocks before the last one
     while True:
-        size = len(diagonal) + 1
-        if size > len(basis):
-            basis = np.concatenate([basis, np.empty_like(basis)])
-        basis[size - 1] = vector
-        image = operator.products(vector[None])[0]
-        scale = max(scale, float(np.linalg.norm(image)))
-        diagonal.append(float(vector @ image))
-        image = orthogonalise(image, basis[:size])
-        beta = float(np.linalg.norm(image))
-        invariant = beta <= target.floor * scale
-        ritz_values, small_vectors = eigh_tridiagonal(diagonal[first:], off_diagonal[first:])
-        errors = (0.0 if invariant else beta) * np.abs(small_vectors[-1])
-        settled = size == operator.size or _settled(ritz_values, errors, closed, target, invariant=invariant)
+        krylov.extend(products(krylov.vector[None])[0])
+        size = len(krylov.diagonal)
+        ritz_values, small_vectors = krylov.last_block()
+        errors = krylov.left * np.abs(small_vectors[-1])
+        settled = size == h.size or _settled(ritz_values, errors, closed, target, invariant=not krylov.left)
         if settled or size == target.steps:
-            return _Krylov(basis[:size], diagonal, off_diagonal, settled)
-        if invariant:
-            first, closed = size, np.concatenate([closed, ritz_values])
-            vector = _random_unit(jax.random.fold_in(key, size), basis[:size])
-        else:
-            vector = image / beta
-        off_diagonal.append(0.0 if invariant else beta)
+            return krylov, settled
+        if not krylov.left:
+            closed = np.concatenate([closed, ritz_values])
+            krylov.restart(_random_unit(jax.random.fold_in(key, size), krylov.basis))
 
 
-def _ritz_vectors(krylov: _Krylov, target: _Target) -> np.ndarray:
+def _ritz_vectors(krylov: Lanczos, target: _Target) -> np.ndarray:
     """The wanted eigenvectors, a row for each."""
-    ritz_values, small_vectors = eigh_tridiagonal(krylov.diagonal, krylov.off_diagonal)
+    ritz_values, small_vectors = eigh_tridiagonal(krylov.diagonal, krylov.off_diagonal[:-1])
     wanted = _most_wanted(ritz_values, target)
     rows: np.ndarray = small_vectors[:, wanted].T @ krylov.basis
     return rows
@@ -242,10 +208,10 @@ def _random_unit(key: jax.Array, basis: np.ndarray) -> np.ndarray:
     return vector / np.linalg.norm(vector)
 
 
-def _rayleigh(operator: Operator, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _rayleigh(products: Products, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The Rayleigh quotients of vectors that need not have norm 1, and the norms of their residuals."""
     vectors = vectors.astype(np.float64)
     norms = np.linalg.norm(vectors, axis=1)
-    images = operator.products(vectors)
+    images = products(vectors)
     values = np.sum(vectors * images, axis=1) / norms**2
     return values, np.linalg.norm(images - values[:, None] * vectors, axis=1) / norms

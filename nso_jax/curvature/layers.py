@@ -1,27 +1,19 @@
 """The Hessian layer by layer: each layer's top eigenspace, and the Kronecker product that comes near it."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
-from nso_jax._checks import check_choice, check_count, leaf_mask
+from nso_jax._checks import check_choice, check_count
+from nso_jax.curvature._checks import check_tolerance
+from nso_jax.curvature._dense_layers import NotDenseError
+from nso_jax.curvature._estimators import estimator
 from nso_jax.curvature._kronecker import Block, KroneckerFactors, kronecker_factors
-from nso_jax.curvature._layer_uses import NotDenseError
-from nso_jax.curvature._subspaces import subspace_overlap
 from nso_jax.curvature.eigenvalues import Eigenpairs, eigenvalues
-from nso_jax.curvature.operators import (
-    Weight,
-    check_batches,
-    check_call,
-    check_function,
-    check_params,
-    check_tolerance,
-    check_weight,
-    starting_with_key,
-)
+from nso_jax.curvature.operators import CurvatureMatrix
 
-__all__ = ["KroneckerFactors", "LayerStructure", "layer_structure", "subspace_overlap"]
+__all__ = ["LayerStructure", "layer_structure"]
 
 # How a layer's factors are formed where an example has many inputs.
 _WEIGHT_SHARING = ("expand", "reduce")
@@ -42,17 +34,13 @@ class LayerStructure(NamedTuple):
     reason: str
 
 
-@starting_with_key
+@estimator
 def layer_structure(
     key: jax.Array,
-    fun: Callable[[Any, Any], jax.Array],
-    params: Any,
-    batches: Any,
+    h: CurvatureMatrix,
     *,
     k: int = 10,
     tol: float = 1e-3,
-    mask: Any = None,
-    weight: Weight | None = None,
     num_probes: int = 20,
     weight_sharing: str = "expand",
     callback: Callable[[int], object] | None = None,
@@ -97,18 +85,14 @@ def layer_structure(
 
     Args:
       key: PRNG key for the start vectors and the probes; a leaf's depend on its position in `params`.
-      fun: `fun(params, batch)` is the mean loss over the batch, a real scalar, as in `hvp`. A `GaussNewton`
-        stands for its matrix instead: all of the above then holds with `M = J^T H J`, J being the derivative
-        of the model's outputs by z. A penalty on the weights in `fun` uses a leaf once more: leave it out.
-        A jitted function, or a GaussNewton of two, saves compilations.
-      params: any pytree of real arrays.
-      batches: one batch, or a list or other re-iterable of batches, by the rule of `hvp`.
+      h: the matrix. With that of `gauss_newton`, all of the above holds with `M = J^T H J`, J being the
+        derivative of the model's outputs by z. Its mask chooses the leaves to study; without one, these are
+        the leaves of at least two dimensions: kernels, but no biases. Empty leaves are left out. A penalty on
+        the weights in the loss uses a leaf once more: leave it out. Whatever `weight` says, time steps that
+        are padding count among a layer's inputs.
       k: how many eigenvalues of each layer; all of them where a layer has fewer.
       tol: largest residual of an eigenpair, relative to the layer's largest absolute eigenvalue. The default
         suits the comparison of subspaces, whose error is of that size over the gap behind the k-th value.
-      mask: bools, a prefix pytree of `params` or a callable giving one: the leaves to study. The default is
-        those of at least two dimensions: kernels, but no biases. Empty leaves are left out.
-      weight: as in `hvp`. Time steps that are padding still count among a layer's inputs.
       num_probes: probes for the error; at least 2. In a layer of 640 to 4,096 weights, the default gave it to
         5 % of itself. Also the most time steps, or draws of signs, from which expand forms a factor.
       weight_sharing: "expand" or "reduce": the approximation where an example has many inputs. The default
@@ -123,9 +107,9 @@ def layer_structure(
       UserWarning: an eigenvalue did not converge, as in `eigenvalues`.
 
     Raises:
-      TypeError: `key` is not a PRNG key, or `fun`, `params` or `batches` is none that `hvp` takes.
+      TypeError: `key` is not a PRNG key, or `h` is not a `CurvatureMatrix`.
       ValueError: `k` is less than 1, `num_probes` less than 2, `tol` is not positive, `weight_sharing` is
-        neither of the two, `mask` does not fit `params` or selects nothing, or without a mask no leaf has two
+        neither of the two, the mask selects no leaf that has entries, or without a mask no leaf has two
         dimensions.
       FloatingPointError: the product of a batch is not finite.
 
@@ -139,10 +123,8 @@ def layer_structure(
       ...     return jnp.mean(jnp.sum(outputs**2, axis=1)) / 2
       >>> first, second, data = jax.random.split(jax.random.key(0), 3)
       >>> params = {"first": jax.random.normal(first, (3, 4)), "second": jax.random.normal(second, (4, 2))}
-      >>> fun = curvature.GaussNewton(model, loss)
-      >>> layers = curvature.layer_structure(
-      ...     jax.random.key(1), fun, params, jax.random.normal(data, (50, 3)), k=2
-      ... )
+      >>> h = curvature.gauss_newton(model, loss, params, jax.random.normal(data, (50, 3)))
+      >>> layers = curvature.layer_structure(jax.random.key(1), h, k=2)
       >>> list(layers)
       ["['first']", "['second']"]
       >>> factors = layers["['second']"].kronecker  # M is the identity for every example: nothing is lost
@@ -160,20 +142,17 @@ def layer_structure(
       Eschenhagen, Immer, Turner, Schneider, Hennig, Kronecker-Factored Approximate Curvature for Modern
       Neural Network Architectures, arXiv 2311.00636, 2023.
     """
-    key = check_call(key)
     check_count("k", k, 1)
     check_count("num_probes", num_probes, 2)
     check_tolerance("tol", tol)
     check_choice("weight_sharing", weight_sharing, _WEIGHT_SHARING)
-    check_batches(batches)
-    check_function(fun)
-    check_weight(weight)
-    params = check_params(params)
     new_callback = _joint_callbacks(callback)
+    leaves, structure = jax.tree.flatten_with_path(h.params)
     structures = {}
-    for position in _chosen(mask, params):
-        path, leaf = jax.tree.leaves_with_path(params)[position]
-        block = Block(fun, params, batches, position, new_callback, weight)
+    for position in _chosen(h):
+        path, leaf = leaves[position]
+        alone = jax.tree.unflatten(structure, [i == position for i in range(len(leaves))])
+        block = Block(h.like(mask=alone), position, new_callback)
         start_key, rest_key = jax.random.split(jax.random.fold_in(key, position))
         pairs = _eigenpairs(start_key, block, min(k, leaf.size), tol)
         structures[jax.tree_util.keystr(path)] = _structure(
@@ -200,12 +179,12 @@ def _joint_callbacks(callback: Callable[[int], object] | None) -> Callable[[], C
     return new_callback
 
 
-def _chosen(mask: Any, params: Any) -> list[int]:
+def _chosen(h: CurvatureMatrix) -> list[int]:
     """The positions of the leaves to study."""
-    leaves = jax.tree.leaves(params)
-    flags = [leaf.ndim > 1 for leaf in leaves] if mask is None else leaf_mask(mask, params)
+    leaves = jax.tree.leaves(h.params)
+    flags = [leaf.ndim > 1 for leaf in leaves] if h.mask is None else h.flags
     chosen = [i for i, (leaf, flag) in enumerate(zip(leaves, flags, strict=True)) if flag and leaf.size]
-    if not chosen and mask is None:
+    if not chosen and h.mask is None:
         raise ValueError("params: no leaf has two dimensions or more; choose leaves with mask.")
     if not chosen:
         raise ValueError("mask: selects no leaf of params that has entries.")
@@ -213,17 +192,7 @@ def _chosen(mask: Any, params: Any) -> list[int]:
 
 
 def _eigenpairs(key: jax.Array, block: Block, k: int, tol: float) -> Eigenpairs:
-    pairs = eigenvalues(
-        key,
-        block.fun,
-        block.params,
-        block.batches,
-        k=k,
-        tol=tol,
-        mask=block.mask,
-        weight=block.weight,
-        callback=block.new_callback(),
-    )
+    pairs = eigenvalues(key, block.matrix, k=k, tol=tol, callback=block.new_callback())
     return pairs._replace(vectors=[jax.tree.leaves(vector)[block.position] for vector in pairs.vectors])
 
 

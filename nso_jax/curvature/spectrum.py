@@ -1,7 +1,7 @@
-"""The spectral density of the Hessian of the mean loss: how many eigenvalues lie where."""
+"""The spectral density of a curvature matrix: how many eigenvalues lie where."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -9,14 +9,11 @@ from scipy.linalg import eigh_tridiagonal
 from scipy.stats import norm
 
 from nso_jax._checks import check_count
-from nso_jax.curvature.operators import (
-    Operator,
-    check_call,
-    check_tolerance,
-    orthogonalise,
-    starting_with_key,
-)
-from nso_jax.curvature.probes import mean_and_error
+from nso_jax.curvature._checks import check_tolerance
+from nso_jax.curvature._estimators import Products, estimator
+from nso_jax.curvature._lanczos import Lanczos
+from nso_jax.curvature._probes import mean_and_error, random_signs
+from nso_jax.curvature.operators import CurvatureMatrix
 
 __all__ = ["Density", "spectral_density"]
 
@@ -46,20 +43,15 @@ class Density(NamedTuple):
     num_products: int
 
 
-@starting_with_key
+@estimator
 def spectral_density(
     key: jax.Array,
-    fun: Callable[[Any, Any], jax.Array],
-    params: Any,
-    batches: Any,
+    h: CurvatureMatrix,
     *,
     num_probes: int = 10,
     num_steps: int = 64,
     width: float | None = None,
     num_points: int = 1000,
-    mask: Any = None,
-    weight: Callable[[Any], Any] | None = None,
-    chunk_size: int | None = None,
     callback: Callable[[int], object] | None = None,
 ) -> Density:
     """Estimates the density of the eigenvalues of the Hessian H of the mean loss, with its error band.
@@ -77,28 +69,22 @@ def spectral_density(
 
     Args:
       key: PRNG key. Probe j depends on the key and on j alone.
-      fun: the loss, or a `GaussNewton`, as in `trace`.
-      params: any pytree of real arrays.
-      batches: one batch, or a list or other re-iterable of batches, by the rule of `hvp`.
+      h: the matrix, as `hessian` or `gauss_newton` makes it.
       num_probes: random vectors, at least 2 for an error; the error falls with their square root.
       num_steps: m, products for each probe. More resolve the dense part better; the outermost eigenvalues
         are sharp after a few dozen.
       width: of the Gaussian, in units of the eigenvalues. Finer details than that are not shown. None: 1 % of
         the range of the nodes.
       num_points: points of the grid, which reaches five widths beyond the outermost nodes.
-      mask: bools, a prefix pytree of `params` or a callable giving one: only these leaves' block of H.
-      weight: `weight(batch)`, how much the mean loss of a batch counts, as in `hvp`: a mean over tokens needs
-        it, `lambda batch: batch["mask"].sum()`. None: the number of examples.
-      chunk_size: probes multiplied side by side by vmap. None: one on CPU, where more are slower, else 8.
       callback: called with the number of products so far, whenever some are done: for a progress bar.
 
     Returns:
       A `Density`. Where the density is far below its error, read it as zero.
 
     Raises:
-      TypeError: `key` is not a PRNG key, or `fun`, `params`, `batches` or `weight` is none that `hvp` takes.
-      ValueError: `num_probes` or `num_points` is less than 2, `num_steps` less than 1, `width` not positive,
-        or `mask` does not fit `params` or selects nothing.
+      TypeError: `key` is not a PRNG key, or `h` is not a `CurvatureMatrix`.
+      ValueError: `num_probes` or `num_points` is less than 2, `num_steps` less than 1, or `width` is not
+        positive.
       FloatingPointError: the product of a batch is not finite.
 
     Example:
@@ -109,7 +95,7 @@ def spectral_density(
       >>> def loss(params, batch):
       ...     return jnp.mean((batch @ params["w"]) ** 2) / 2
       >>> params, batch = {"w": jnp.zeros(3)}, jnp.diag(jnp.array([3.0, 6.0, 9.0]))
-      >>> density = curvature.spectral_density(jax.random.key(0), loss, params, batch)
+      >>> density = curvature.spectral_density(jax.random.key(0), curvature.hessian(loss, params, batch))
       >>> density.nodes[0].round(3)
       array([ 3., 12., 27.])
       >>> float(np.trapezoid(density.density, density.grid).round(3))
@@ -121,59 +107,47 @@ def spectral_density(
       Ghorbani, Krishnan, Xiao, An Investigation into Neural Net Optimization via Hessian Eigenvalue Density,
       arXiv 1901.10159, 2019.
     """
-    key = check_call(key)
     check_count("num_probes", num_probes, 2)
     check_count("num_steps", num_steps, 1)
     check_count("num_points", num_points, 2)
     if width is not None:
         check_tolerance("width", width)
-    operator = Operator(
-        fun, params, batches, mask=mask, weight=weight, chunk_size=chunk_size, callback=callback
-    )
-    steps = min(num_steps, operator.size)
-    together = max(1, _BASES_BYTES // (8 * operator.size * steps))
+    products = Products(h, callback)
+    steps = min(num_steps, h.size)
+    together = max(1, _BASES_BYTES // (8 * h.size * steps))
     quadratures = []
     for first in range(0, num_probes, together):
-        probes = operator.signs(key, first, min(together, num_probes - first))
-        quadratures += [
-            _quadrature(*entries) for entries in zip(*_lanczos(operator, probes, steps), strict=True)
-        ]
+        probes = random_signs(key, first, min(together, num_probes - first), h.size)
+        quadratures += [_quadrature(krylov, steps) for krylov in _krylov(products, probes, steps)]
     nodes, weights = map(np.stack, zip(*quadratures, strict=True))
     if width is None:
         width = 0.01 * float(np.ptp(nodes) or np.abs(nodes).max() or 1)
     grid = np.linspace(nodes.min() - 5 * width, nodes.max() + 5 * width, num_points)
     densities = np.stack([w @ norm.pdf(grid, x[:, None], width) for x, w in zip(nodes, weights, strict=True)])
     density, error = mean_and_error(densities)
-    return Density(grid, density, error, width, nodes, weights, operator.num_products)
+    return Density(grid, density, error, width, nodes, weights, products.count)
 
 
-def _lanczos(operator: Operator, probes: np.ndarray, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """The diagonals and off-diagonals of the tridiagonal matrices of some start vectors, a row for each.
+def _krylov(products: Products, probes: np.ndarray, steps: int) -> list[Lanczos]:
+    """Lanczos' method from each probe, side by side, until all bases span invariant subspaces."""
+    h = products.h
+    starts = probes / np.linalg.norm(probes, axis=1, keepdims=True)
+    krylovs = [Lanczos(start, floor=10 * h.epsilon, capacity=steps) for start in starts]
+    for _ in range(steps):
+        images = products(np.stack([krylov.vector for krylov in krylovs]))
+        for krylov, image in zip(krylovs, images, strict=True):
+            krylov.extend(image)
+        if not any(krylov.left for krylov in krylovs):
+            break
+    return krylovs
 
-    Where a basis spans an invariant subspace, zeros follow; they have no weight in the quadrature.
+
+def _quadrature(krylov: Lanczos, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """The nodes and weights of Gauss' rule that belongs to a tridiagonal matrix.
+
+    After the steps that were made, zeros follow; they have no weight.
     """
-    diagonals, off_diagonals = np.zeros((len(probes), steps)), np.zeros((len(probes), steps - 1))
-    bases = np.empty((len(probes), steps, operator.size))
-    vectors = probes / np.linalg.norm(probes, axis=1, keepdims=True)
-    scales = np.zeros(len(probes))
-    for step in range(steps):
-        bases[:, step] = vectors
-        images = operator.products(vectors)
-        diagonals[:, step] = np.sum(vectors * images, axis=1)
-        if step == steps - 1:
-            break
-        scales = np.maximum(scales, np.linalg.norm(images, axis=1))
-        rest = np.stack([orthogonalise(*pair) for pair in zip(images, bases[:, : step + 1], strict=True)])
-        norms = np.linalg.norm(rest, axis=1)
-        goes_on = norms > 10 * operator.epsilon * scales
-        if not goes_on.any():
-            break
-        off_diagonals[:, step] = np.where(goes_on, norms, 0)
-        vectors = np.where(goes_on[:, None], rest / np.where(goes_on, norms, 1)[:, None], 0)
-    return diagonals, off_diagonals
-
-
-def _quadrature(diagonal: np.ndarray, off_diagonal: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The nodes and weights of Gauss' rule that belongs to a tridiagonal matrix."""
-    nodes, vectors = eigh_tridiagonal(diagonal, off_diagonal)
+    missing = steps - len(krylov.diagonal)
+    diagonal, off_diagonal = (np.pad(x, (0, missing)) for x in (krylov.diagonal, krylov.off_diagonal))
+    nodes, vectors = eigh_tridiagonal(diagonal, off_diagonal[:-1])
     return nodes, vectors[0] ** 2

@@ -1,4 +1,4 @@
-"""The trace and the diagonal of the Hessian of the mean loss, estimated from random probes."""
+"""The trace and the diagonal of a curvature matrix, estimated from random probes."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,8 +7,11 @@ import jax
 import numpy as np
 
 from nso_jax._checks import broadcast_prefix, check_choice, check_count
-from nso_jax.curvature.operators import Operator, check_call, check_tolerance, starting_with_key
-from nso_jax.curvature.probes import Deflation, Hutchinson
+from nso_jax.curvature import _vectors
+from nso_jax.curvature._checks import check_tolerance
+from nso_jax.curvature._estimators import Products, estimator
+from nso_jax.curvature._probes import Deflation, Hutchinson
+from nso_jax.curvature.operators import CurvatureMatrix
 
 __all__ = ["Estimate", "diagonal", "trace"]
 
@@ -36,20 +39,15 @@ class Estimate(NamedTuple):
     per_leaf_standard_error: Any
 
 
-@starting_with_key
+@estimator
 def trace(
     key: jax.Array,
-    fun: Callable[[Any, Any], jax.Array],
-    params: Any,
-    batches: Any,
+    h: CurvatureMatrix,
     *,
     method: str = "xtrace",
     num_products: int = 100,
     rtol: float | None = None,
-    mask: Any = None,
-    weight: Callable[[Any], Any] | None = None,
     param_labels: Any = None,
-    chunk_size: int | None = None,
     callback: Callable[[int], object] | None = None,
 ) -> Estimate:
     """Estimates the trace of the Hessian H of the mean loss, with its standard error.
@@ -68,10 +66,7 @@ def trace(
 
     Args:
       key: PRNG key. Probe j depends on the key and on j alone.
-      fun: `fun(params, batch)` is the mean loss over the batch, a real scalar, as in `hvp`; or a
-        `GaussNewton`.
-      params: any pytree of real arrays.
-      batches: one batch, or a list or other re-iterable of batches, by the rule of `hvp`.
+      h: the matrix, as `hessian` or `gauss_newton` makes it.
       method: "xtrace", where each probe serves both for the basis and, with the basis of the others, for the
         estimate; "hutch++", where a third of the products goes into each of basis, its image and other
         probes; or "hutchinson". For a network's Hessian XTrace takes a tenth of the products or less, but it
@@ -82,12 +77,8 @@ def trace(
       rtol: stop as soon as the standard error is at most `rtol` times the absolute value of the estimate,
         looking after every 8 probes. Stopping at the first good-looking error makes it a little too small;
         the returned one shows whether the tolerance was reached. None: take all the products.
-      mask: bools, a prefix pytree of `params` or a callable giving one: only these leaves' block of H.
-      weight: `weight(batch)`, how much the mean loss of a batch counts, as in `hvp`: a mean over tokens needs
-        it, `lambda batch: batch["mask"].sum()`. None: the number of examples.
       param_labels: a prefix pytree of labels for the leaves, or a callable giving one, as in
         `optax.partition`: `per_leaf` is then a dict of the shares of the labels, such as layers.
-      chunk_size: probes multiplied side by side by vmap. None: one on CPU, where more are slower, else 8.
       callback: called with the number of products so far, whenever some are done: for a progress bar.
 
     Returns:
@@ -95,9 +86,9 @@ def trace(
       the same products, and adds up to `value`.
 
     Raises:
-      TypeError: `key` is not a PRNG key, or `fun`, `params`, `batches` or `weight` is none that `hvp` takes.
-      ValueError: `method` is unknown, `num_products` is too small for it, `rtol` is not positive, `mask` or
-        `param_labels` does not fit `params`, or `mask` selects nothing.
+      TypeError: `key` is not a PRNG key, or `h` is not a `CurvatureMatrix`.
+      ValueError: `method` is unknown, `num_products` is too small for it, `rtol` is not positive, or
+        `param_labels` does not fit the params.
       FloatingPointError: the product of a batch is not finite.
 
     Example:
@@ -107,7 +98,7 @@ def trace(
       >>> def loss(params, batch):
       ...     return jnp.mean((batch @ params["w"]) ** 2) / 2
       >>> params, batch = {"w": jnp.zeros(3)}, jnp.diag(jnp.array([3.0, 6.0, 9.0]))
-      >>> estimate = curvature.trace(jax.random.key(0), loss, params, batch)
+      >>> estimate = curvature.trace(jax.random.key(0), curvature.hessian(loss, params, batch))
       >>> round(estimate.value, 3), round(estimate.standard_error, 3)  # all of three dimensions: exact
       (42.0, 0.0)
 
@@ -118,39 +109,28 @@ def trace(
       Epperly, Tropp, Webber, XTrace: Making the most of every sample in stochastic trace estimation,
       arXiv 2301.07825, 2023.
     """
-    key = check_call(key)
     _check_options(_TRACE_METHODS, method, num_products, rtol)
-    operator = Operator(
-        fun, params, batches, mask=mask, weight=weight, chunk_size=chunk_size, callback=callback
-    )
-    groups, tree = _grouping(param_labels, operator)
-    if method == "hutchinson":
-        estimator: Hutchinson | Deflation = Hutchinson(key, operator)
-    else:
-        estimator = Deflation(key, operator, leave_one_out=method == "xtrace")
+    groups, tree = _grouping(param_labels, h)
+    products = Products(h, callback)
+    probing = _probing(method, key, products)
     whole = [[leaf for group in groups for leaf in group]]
-    for floor in estimator.rounds(num_products):
-        if (floor or rtol) and _reached(rtol, floor, *estimator.shares(whole)):
+    for floor in probing.rounds(num_products):
+        if (floor or rtol) and _reached(rtol, floor, *probing.shares(whole)):
             break
-    values, errors = estimator.shares(whole + groups)
+    values, errors = probing.shares(whole + groups)
     trees = tree(values[1:]), tree(errors[1:])
-    return Estimate(float(values[0]), float(errors[0]), operator.num_products, *trees)
+    return Estimate(float(values[0]), float(errors[0]), products.count, *trees)
 
 
-@starting_with_key
+@estimator
 def diagonal(
     key: jax.Array,
-    fun: Callable[[Any, Any], jax.Array],
-    params: Any,
-    batches: Any,
+    h: CurvatureMatrix,
     *,
     method: str = "xdiag",
     num_products: int = 100,
     rtol: float | None = None,
-    mask: Any = None,
-    weight: Callable[[Any], Any] | None = None,
     param_labels: Any = None,
-    chunk_size: int | None = None,
     callback: Callable[[int], object] | None = None,
 ) -> Estimate:
     """Estimates the diagonal of the Hessian H of the mean loss, with a standard error for each entry.
@@ -166,20 +146,14 @@ def diagonal(
 
     Args:
       key: PRNG key. Probe j depends on the key and on j alone.
-      fun: the loss, or a `GaussNewton`, as in `trace`.
-      params: as in `trace`.
-      batches: as in `trace`.
+      h: the matrix, as in `trace`. In leaves that its mask leaves out, the entries are 0.
       method: "xdiag" or "hutchinson". XDiag keeps 16 bytes of host memory for each parameter and product,
         Hutchinson 16 for each parameter.
       num_products: Hessian-vector products, the most of them when `rtol` is given; at least 4 for "xdiag",
         which takes two for a probe, and 2 for "hutchinson".
       rtol: stop as soon as the standard errors are at most `rtol` times the estimate, both as Euclidean norms
         over all entries, looking after every 8 probes. None: take all the products.
-      mask: as in `trace`; entries of other leaves are 0.
-      weight: as in `trace`.
-      param_labels: as in `trace`.
-      chunk_size: as in `trace`.
-      callback: as in `trace`.
+      param_labels, callback: as in `trace`.
 
     Returns:
       An `Estimate` whose `value` and `standard_error` are pytrees like `params`, in float64 NumPy arrays.
@@ -197,7 +171,7 @@ def diagonal(
       >>> def loss(params, batch):
       ...     return jnp.mean((batch @ params["w"]) ** 2) / 2
       >>> params, batch = {"w": jnp.zeros(3)}, jnp.diag(jnp.array([3.0, 6.0, 9.0]))
-      >>> estimate = curvature.diagonal(jax.random.key(0), loss, params, batch)
+      >>> estimate = curvature.diagonal(jax.random.key(0), curvature.hessian(loss, params, batch))
       >>> estimate.value["w"].round(3)
       array([ 3., 12., 27.])
 
@@ -207,22 +181,22 @@ def diagonal(
       Epperly, Tropp, Webber, XTrace: Making the most of every sample in stochastic trace estimation,
       arXiv 2301.07825, 2023.
     """
-    key = check_call(key)
     _check_options(_DIAGONAL_METHODS, method, num_products, rtol)
-    operator = Operator(
-        fun, params, batches, mask=mask, weight=weight, chunk_size=chunk_size, callback=callback
-    )
-    groups, tree = _grouping(param_labels, operator)
-    if method == "hutchinson":
-        estimator: Hutchinson | Deflation = Hutchinson(key, operator)
-    else:
-        estimator = Deflation(key, operator, leave_one_out=True)
-    for floor in estimator.rounds(num_products):
-        if (floor or rtol) and _reached(rtol, floor, *estimator.entries()):
+    groups, tree = _grouping(param_labels, h)
+    products = Products(h, callback)
+    probing = _probing(method, key, products)
+    for floor in probing.rounds(num_products):
+        if (floor or rtol) and _reached(rtol, floor, *probing.entries()):
             break
-    value, standard_error = (_entry_tree(operator, vector) for vector in estimator.entries())
-    shares, errors = estimator.shares(groups)
-    return Estimate(value, standard_error, operator.num_products, tree(shares), tree(errors))
+    value, standard_error = (_entry_tree(h, vector) for vector in probing.entries())
+    shares, errors = probing.shares(groups)
+    return Estimate(value, standard_error, products.count, tree(shares), tree(errors))
+
+
+def _probing(method: str, key: jax.Array, products: Products) -> Hutchinson | Deflation:
+    if method == "hutchinson":
+        return Hutchinson(key, products)
+    return Deflation(key, products, leave_one_out=method != "hutch++")
 
 
 def _reached(rtol: float | None, floor: float, value: np.ndarray, error: np.ndarray) -> bool:
@@ -238,21 +212,21 @@ def _check_options(methods: dict[str, int], method: str, num_products: int, rtol
         check_tolerance("rtol", rtol)
 
 
-def _entry_tree(operator: Operator, vector: np.ndarray) -> Any:
+def _entry_tree(h: CurvatureMatrix, vector: np.ndarray) -> Any:
     """A pytree like params of NumPy arrays with a vector's entries, zero in leaves that are not chosen."""
-    leaves, structure = jax.tree.flatten(operator.params)
-    parts = zip(leaves, operator.flags, operator.split(vector), strict=True)
+    leaves, structure = jax.tree.flatten(h.params)
+    parts = zip(leaves, h.flags, _vectors.split(vector, h.params, h.flags), strict=True)
     filled = [part.reshape(leaf.shape) if flag else np.zeros(leaf.shape) for leaf, flag, part in parts]
     return jax.tree.unflatten(structure, filled)
 
 
-def _grouping(param_labels: Any, operator: Operator) -> tuple[list[list[int]], Callable[[np.ndarray], Any]]:
+def _grouping(param_labels: Any, h: CurvatureMatrix) -> tuple[list[list[int]], Callable[[np.ndarray], Any]]:
     """The leaves that make each figure, and the function that puts the figures into a pytree or a dict."""
     if param_labels is None:
-        structure = jax.tree.structure(operator.params)
-        groups = [[leaf] for leaf in range(len(operator.flags))]
+        structure = jax.tree.structure(h.params)
+        groups = [[leaf] for leaf in range(len(h.flags))]
         return groups, lambda figures: jax.tree.unflatten(structure, figures.tolist())
-    labels = broadcast_prefix("param_labels", param_labels, operator.params)
+    labels = broadcast_prefix("param_labels", param_labels, h.params)
     names = list(dict.fromkeys(labels))
     groups = [[leaf for leaf, label in enumerate(labels) if label == name] for name in names]
     return groups, lambda figures: dict(zip(names, figures.tolist(), strict=True))

@@ -7,6 +7,8 @@ import pytest
 from problems import (
     KEY,
     Loader,
+    W,
+    cubic,
     exact_mlp_hessian,
     exact_network_hessian,
     flat,
@@ -32,7 +34,7 @@ def test_eigenpairs_are_those_of_the_dense_hessian(which, sizes):
     matrix = exact_mlp_hessian(jnp.float64)
     exact, exact_vectors = np.linalg.eigh(matrix)
     order = np.argsort(WHICH[which](exact))[:5]
-    pairs = curvature.eigenvalues(KEY, mlp_loss, params, split(batch, *sizes), which=which)
+    pairs = curvature.eigenvalues(KEY, curvature.hessian(mlp_loss, params, split(batch, *sizes)), which=which)
     np.testing.assert_allclose(pairs.values, exact[order], rtol=0, atol=1e-8)
     assert pairs.residuals.max() <= 1e-6 * np.abs(exact).max()
     assert pairs.values.dtype == pairs.residuals.dtype == np.float64
@@ -65,8 +67,9 @@ def test_eigenpairs_are_those_of_the_dense_hessian(which, sizes):
 )
 def test_eigenvalues_are_found_as_often_as_they_are_there(spectrum, which):
     size = len(spectrum)
+    h = curvature.hessian(quadratic, jnp.zeros(size), symmetric(spectrum))
     for k in sorted({1, min(2, size), size}):
-        pairs = curvature.eigenvalues(KEY, quadratic, jnp.zeros(size), symmetric(spectrum), k=k, which=which)
+        pairs = curvature.eigenvalues(KEY, h, k=k, which=which)
         exact = np.sort(WHICH[which](np.array(spectrum, float)))[:k]
         np.testing.assert_allclose(WHICH[which](pairs.values), exact, atol=1e-10)
         assert pairs.residuals.max() <= 1e-5
@@ -83,8 +86,8 @@ def test_eigenvalues_are_found_as_often_as_they_are_there(spectrum, which):
 )
 def test_eigenvalues_take_few_products(rest, top, most):
     spectrum = np.concatenate([rest, top])
-    w = jnp.zeros(len(spectrum))
-    pairs = curvature.eigenvalues(KEY, quadratic, w, symmetric(spectrum), k=len(top))
+    h = curvature.hessian(quadratic, jnp.zeros(len(spectrum)), symmetric(spectrum))
+    pairs = curvature.eigenvalues(KEY, h, k=len(top))
     np.testing.assert_allclose(pairs.values, top, atol=1e-10)
     assert pairs.num_products <= most
 
@@ -93,7 +96,8 @@ def test_eigenvalues_take_few_products(rest, top, most):
 def test_eigenvectors_stay_orthogonal_over_many_products():
     """Large eigenvalues that have long converged come back as ghosts where orthogonality is lost."""
     spectrum = np.concatenate([np.linspace(0, 1, 195), [1e3, 1e4, 1e5, 1e6, 1e7]])
-    pairs = curvature.eigenvalues(KEY, quadratic, jnp.zeros(200), symmetric(spectrum), k=20, tol=1e-13)
+    h = curvature.hessian(quadratic, jnp.zeros(200), symmetric(spectrum))
+    pairs = curvature.eigenvalues(KEY, h, k=20, tol=1e-13)
     np.testing.assert_allclose(pairs.values, spectrum[:-21:-1], atol=1e-6)
     vectors = np.stack(pairs.vectors)
     np.testing.assert_allclose(vectors @ vectors.T, np.eye(20), atol=1e-12)
@@ -102,7 +106,7 @@ def test_eigenvectors_stay_orthogonal_over_many_products():
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 2e-6), (jnp.bfloat16, 0.03)])
 def test_eigenvalues_in_low_precision(dtype, tolerance):
     params, batch = mlp(dtype)
-    pairs = curvature.eigenvalues(KEY, mlp_loss, params, split(batch, 17, 13))
+    pairs = curvature.eigenvalues(KEY, curvature.hessian(mlp_loss, params, split(batch, 17, 13)))
     exact = np.linalg.eigvalsh(exact_mlp_hessian(dtype))[:-6:-1]
     np.testing.assert_allclose(pairs.values, exact, atol=tolerance * exact[0])
     assert pairs.residuals.max() <= tolerance * exact[0]
@@ -112,8 +116,12 @@ def test_eigenvalues_in_low_precision(dtype, tolerance):
 @pytest.mark.usefixtures("x64")
 def test_eigenvalues_warn_where_the_products_run_out():
     matrix = symmetric(np.linspace(0, 1, 100))
-    with pytest.warns(UserWarning, match=r"after 10 products, before tol=1e-06.*Raise max_products"):
-        pairs = curvature.eigenvalues(KEY, quadratic, jnp.zeros(100), matrix, k=3, max_products=10)
+    h = curvature.hessian(quadratic, jnp.zeros(100), matrix)
+    with pytest.warns(
+        UserWarning, match=r"after 10 products, before tol=1e-06.*Raise max_products"
+    ) as caught:
+        pairs = curvature.eigenvalues(KEY, h, k=3, max_products=10)
+    assert caught[0].filename == __file__
     assert pairs.num_products == 10
     assert pairs.residuals.max() > 1e-3
     for vector, value, residual in zip(pairs.vectors, pairs.values, pairs.residuals, strict=True):
@@ -123,7 +131,8 @@ def test_eigenvalues_warn_where_the_products_run_out():
 def test_products_are_counted():
     params, batch = mlp(jnp.float32)
     loader, counts = Loader([batch]), []
-    pairs = curvature.eigenvalues(KEY, mlp_loss, params, loader, k=2, callback=counts.append)
+    h = curvature.hessian(mlp_loss, params, loader)
+    pairs = curvature.eigenvalues(KEY, h, k=2, callback=counts.append)
     assert counts == [*range(1, pairs.num_products - 1), pairs.num_products]
     assert loader.passes == pairs.num_products - 1  # both residuals in one pass
 
@@ -134,7 +143,8 @@ def test_products_are_counted():
 def test_eigenvalues_of_a_network(which):
     params, batch = network()
     exact = np.linalg.eigvalsh(exact_network_hessian())
-    pairs = curvature.eigenvalues(KEY, network_loss, params, split(batch, 70, 30), which=which)
+    h = curvature.hessian(network_loss, params, split(batch, 70, 30))
+    pairs = curvature.eigenvalues(KEY, h, which=which)
     np.testing.assert_allclose(pairs.values, exact[np.argsort(WHICH[which](exact))[:5]], rtol=0, atol=1e-8)
     images = np.stack([flat(vector) for vector in pairs.vectors]) @ exact_network_hessian()
     for image, value, vector, residual in zip(images, *pairs[:3], strict=True):
@@ -153,6 +163,5 @@ def test_eigenvalues_of_a_network(which):
     ],
 )
 def test_errors_in_options(options, message):
-    params = {"w": jnp.ones(3)}
     with pytest.raises((TypeError, ValueError), match=message):
-        curvature.eigenvalues(KEY, lambda params, _: jnp.sum(params["w"] ** 3), params, None, **options)
+        curvature.eigenvalues(KEY, curvature.hessian(cubic, W, 1.0), **options)

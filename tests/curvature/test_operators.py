@@ -1,4 +1,4 @@
-"""Products with Hessians and Gauss-Newton matrices, and the errors that all estimators share."""
+"""Products with Hessians and Gauss-Newton matrices, what they share, and errors in what to measure."""
 
 import jax
 import jax.numpy as jnp
@@ -10,19 +10,21 @@ from problems import (
     KEY,
     Batch,
     Loader,
+    W,
+    convolution,
+    cubic,
     dense,
     exact_mlp_hessian,
     flat,
     mlp,
     mlp_logits,
     mlp_loss,
-    quadratic,
     random_tangent,
     softmax_loss,
     split,
 )
 
-from nso_jax import curvature
+from nso_jax import curvature, noise
 from nso_jax.curvature import operators
 
 
@@ -31,7 +33,7 @@ from nso_jax.curvature import operators
 def test_product_is_that_of_the_dense_hessian_of_all_data(sizes):
     params, batch = mlp(jnp.float64)
     tangent = random_tangent(params)
-    result = curvature.hvp(mlp_loss, params, split(batch, *sizes))(tangent)
+    result = curvature.hessian(mlp_loss, params, split(batch, *sizes))(tangent)
     expected = exact_mlp_hessian(jnp.float64) @ flat(tangent)
     np.testing.assert_allclose(flat(result), expected, rtol=0, atol=1e-12)
 
@@ -45,7 +47,7 @@ def test_product_is_that_of_the_dense_hessian_of_all_data(sizes):
 def test_product_takes_a_batch_in_every_form(form, array):
     params, batch = mlp(jnp.float32)
     tangent = random_tangent(params)
-    result = curvature.hvp(mlp_loss, params, form(jax.tree.map(array, batch)))(tangent)
+    result = curvature.hessian(mlp_loss, params, form(jax.tree.map(array, batch)))(tangent)
     np.testing.assert_allclose(flat(result), exact_mlp_hessian(jnp.float32) @ flat(tangent), atol=1e-5)
 
 
@@ -55,14 +57,14 @@ def test_product_without_data_and_with_a_dict():
 
     w, v = jnp.arange(3.0), jnp.ones(3)
     for batch in (None, {"x": jnp.ones(5)}):
-        np.testing.assert_allclose(curvature.hvp(loss, w, batch)(v), 12 * w**2, rtol=1e-6)
+        np.testing.assert_allclose(curvature.hessian(loss, w, batch)(v), 12 * w**2, rtol=1e-6)
 
 
 def test_product_sums_many_float32_batches_without_loss():
     """A plain float32 sum of these is off by 17 units in the last place."""
     scales = np.random.default_rng(0).normal(100, size=(3000, 1, 1)).astype(np.float32)
     one = jnp.ones(())
-    result = curvature.hvp(lambda w, batch: batch[0, 0] * w**2 / 2, one, list(scales))(one)
+    result = curvature.hessian(lambda w, batch: batch[0, 0] * w**2 / 2, one, list(scales))(one)
     assert abs(float(result) - scales.mean(dtype=np.float64)) <= np.spacing(np.float32(100))
 
 
@@ -70,7 +72,7 @@ def test_product_sums_many_float32_batches_without_loss():
 def test_product_keeps_structure_and_dtypes(dtype):
     params, batch = mlp(dtype)
     tangent = random_tangent(params)
-    result = curvature.hvp(mlp_loss, params, split(batch, 17, 13))(tangent)
+    result = curvature.hessian(mlp_loss, params, split(batch, 17, 13))(tangent)
     assert jax.tree.map(jnp.result_type, result) == jax.tree.map(jnp.result_type, params)
     expected = exact_mlp_hessian(dtype) @ flat(tangent)
     assert np.linalg.norm(flat(result) - expected) <= 10 * jnp.finfo(dtype).eps * np.linalg.norm(expected)
@@ -84,37 +86,14 @@ def test_product_compiles_once_for_each_shape():
         return mlp_loss(params, batch)
 
     params, batch = mlp(jnp.float32)
-    product = curvature.hvp(loss, params, split(batch, 10, 10, 5))
+    h = curvature.hessian(loss, params, split(batch, 10, 10, 5))
     for seed in range(3):
-        product(random_tangent(params, seed))
+        h(random_tangent(params, seed))
     assert shapes == [(10, 3), (5, 3)]
 
 
-def test_jitted_loss_stays_compiled_between_calls_and_a_plain_one_may_change():
-    traces, slope = [], 1.0
-
-    def loss(params, batch):
-        traces.append(1)
-        return slope * quadratic(params, batch)
-
-    matrix, w, jitted = jnp.eye(2), jnp.ones(2), jax.jit(loss)
-    for _ in range(3):
-        curvature.hvp(jitted, w, matrix)(w)
-    assert len(traces) == 1
-    for slope in (1.0, 2.0):
-        np.testing.assert_allclose(curvature.hvp(loss, w, matrix)(w), slope * w)
-
-
 def test_convolution():
-    rng = np.random.default_rng(0)
-    params = {"kernel": jnp.asarray(rng.normal(size=(3, 1, 3, 3)), jnp.float32), "head": jnp.ones(3)}
-    images = jnp.asarray(rng.normal(size=(8, 1, 6, 6)), jnp.float32)
-
-    def loss(params, batch):
-        maps = jax.lax.conv(batch, params["kernel"], (1, 1), "SAME")
-        return jnp.mean((jnp.mean(jax.nn.softplus(maps), axis=(2, 3)) @ params["head"]) ** 2)
-
-    assert_measures_the_hessian(loss, params, images)
+    assert_measures_the_hessian(*convolution())
 
 
 def test_flax_state():
@@ -126,17 +105,23 @@ def test_flax_state():
 
 def assert_measures_the_hessian(loss, params, data):
     matrix, tangent = dense(loss, params, data), random_tangent(params)
-    result = curvature.hvp(loss, params, split(data, 5, len(data) - 5))(tangent)
+    result = curvature.hessian(loss, params, split(data, 5, len(data) - 5))(tangent)
     assert jax.tree.structure(result) == jax.tree.structure(params)
     np.testing.assert_allclose(flat(result), matrix @ flat(tangent), rtol=1e-4, atol=1e-5)
-    estimate = curvature.trace(KEY, loss, params, data, num_products=20)
+    h = curvature.hessian(loss, params, data)
+    estimate = curvature.trace(KEY, h, num_products=20)
     assert abs(estimate.value - np.trace(matrix)) <= 5 * estimate.standard_error
     assert jax.tree.structure(estimate.per_leaf) == jax.tree.structure(params)
-    pairs = curvature.eigenvalues(KEY, loss, params, data, k=1)
+    pairs = curvature.eigenvalues(KEY, h, k=1)
     assert pairs.values[0] == pytest.approx(np.linalg.eigvalsh(matrix)[-1], rel=1e-5)
 
 
 # The Gauss-Newton matrix
+
+
+def mlp_gauss_newton(params, batches, **options):
+    model = lambda params, batch: mlp_logits(params, batch[0])  # noqa: E731
+    return curvature.gauss_newton(model, softmax_loss, params, batches, **options)
 
 
 @pytest.mark.usefixtures("x64")
@@ -148,51 +133,112 @@ def test_gauss_newton_product_is_that_of_the_dense_matrix(sizes):
     p = np.asarray(jax.nn.softmax(mlp_logits(params, batch[0])))
     inner = np.einsum("nk,kl->nkl", p, np.eye(2)) - np.einsum("nk,nl->nkl", p, p)
     matrix = np.einsum("nkw,nkl,nlv->wv", jacobian, inner, jacobian) / 30
-    fun = curvature.GaussNewton(lambda params, batch: mlp_logits(params, batch[0]), softmax_loss)
-    np.testing.assert_allclose(fun(params, batch), mlp_loss(params, batch), rtol=1e-12)
-    tangent, batches = random_tangent(params), split(batch, *sizes)
-    result = curvature.ggn_vp(fun.model, fun.loss, params, batches)(tangent)
-    np.testing.assert_allclose(flat(result), matrix @ flat(tangent), rtol=0, atol=1e-12)
-    pairs = curvature.eigenvalues(KEY, fun, params, batches, k=3)
+    h, tangent = mlp_gauss_newton(params, split(batch, *sizes)), random_tangent(params)
+    np.testing.assert_allclose(h.fun(params, batch), mlp_loss(params, batch), rtol=1e-12)
+    np.testing.assert_allclose(flat(h(tangent)), matrix @ flat(tangent), rtol=0, atol=1e-12)
+    pairs = curvature.eigenvalues(KEY, h, k=3)
     np.testing.assert_allclose(pairs.values, np.linalg.eigvalsh(matrix)[:-4:-1], atol=1e-10)
-    estimate = curvature.trace(KEY, fun, params, batches)
+    estimate = curvature.trace(KEY, h)
     assert estimate.value == pytest.approx(np.trace(matrix), rel=1e-10)
 
 
 def test_gauss_newton_matrix_of_a_linear_model_is_the_hessian():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(9, 3)), jnp.float32)
-    fun = curvature.GaussNewton(lambda w, x: x @ w, lambda outputs, x: jnp.mean(outputs**4))
     w = v = jnp.asarray([1.0, -2.0, 0.5])
-    expected = curvature.hvp(lambda w, x: jnp.mean((x @ w) ** 4), w, x)(v)
-    np.testing.assert_allclose(curvature.hvp(fun, w, x)(v), expected, rtol=1e-5)
+    h = curvature.gauss_newton(lambda w, x: x @ w, lambda outputs, x: jnp.mean(outputs**4), w, x)
+    expected = curvature.hessian(lambda w, x: jnp.mean((x @ w) ** 4), w, x)(v)
+    np.testing.assert_allclose(h(v), expected, rtol=1e-5)
 
 
-def test_jitted_gauss_newton_parts_stay_compiled():
+# What calls with a matrix share
+
+
+def test_estimators_share_programs_and_so_do_later_params():
     traces = []
 
-    def model(w, x):
+    def loss(params, batch):
         traces.append(1)
-        return x * w
+        return mlp_loss(params, batch)
 
-    parts = jax.jit(model), jax.jit(lambda outputs, _: jnp.mean(outputs**2))
-    for _ in range(3):
-        curvature.ggn_vp(*parts, jnp.ones(()), jnp.ones(2))(jnp.ones(()))
-    assert len(traces) == 1
+    params, batch = mlp(jnp.float32)
+    h = curvature.hessian(loss, params, batch)
+    for here in (h, h.at(jax.tree.map(jnp.sin, params))):
+        here(params)
+        curvature.trace(KEY, here, num_products=8)
+        curvature.diagonal(KEY, here, num_products=8)
+        curvature.eigenvalues(KEY, here, k=1)
+        curvature.spectral_density(KEY, here, num_probes=2, num_steps=4)
+        curvature.noise_stability_gap(KEY, here, sigmas=[0.1], num_samples=2, num_products=4)
+        curvature.suggest_sigma(KEY, here, num_samples=2, num_products=4)
+        curvature.pac_bayes_bound(KEY, here, initial_params=params, num_probes=2)
+    assert len(traces) == 3  # for its gradient, for itself, and for its second derivatives
+
+
+def test_layers_at_later_params_are_traced_no_more():
+    traces = []
+
+    def loss(params, batch):
+        traces.append(1)
+        return mlp_loss(params, batch)
+
+    params, batch = mlp(jnp.float32)
+    mask = {"layers": [{"w": True, "b": False}, {"w": False, "b": None}], "scale": False, "unused": False}
+    h, counts = curvature.hessian(loss, params, batch, mask=mask), []
+    for here in (h, h.at(jax.tree.map(jnp.sin, params))):
+        traces.clear()
+        curvature.layer_structure(KEY, here, k=1, num_probes=2)
+        counts.append(len(traces))
+    assert counts == [2, 0]  # for its gradient, and to find the layer
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    "made", [lambda *args, **options: curvature.hessian(mlp_loss, *args, **options), mlp_gauss_newton]
+)
+def test_at_other_params_and_on_other_data_it_is_what_is_made_there(made):
+    params, batch = mlp(jnp.float64)
+    later, tangent = jax.tree.map(lambda x: x / 2, params), random_tangent(params)
+    options = {"mask": {"layers": True, "scale": False, "unused": False}, "chunk_size": 3}
+    options["weight"] = lambda batch: len(batch[0]) ** 2
+    h = made(params, split(batch, 17, 13), **options)
+    before = h(tangent)
+    moved, there = h.at(later).on([batch]), made(later, [batch], **options)
+    np.testing.assert_array_equal(flat(moved(tangent)), flat(there(tangent)))
+    assert all(getattr(moved, name) == getattr(h, name) for name in ("mask", "weight", "chunk_size", "flags"))
+    np.testing.assert_array_equal(flat(h(tangent)), flat(before))
+
+
+def test_a_new_matrix_sees_what_the_loss_closes_over_and_an_old_one_does_not():
+    def loss(params, batch):
+        return slope * jnp.mean((batch @ params) ** 2)
+
+    def figures(h):
+        (layer,) = curvature.layer_structure(KEY, h, k=1, num_probes=2).values()
+        gap = curvature.noise_stability_gap(KEY, h, sigmas=[1.0], sampler=noise.rademacher).gap[0]
+        bound = curvature.pac_bayes_bound(KEY, h, initial_params=w).max_trace
+        return [h(w)[0, 0], gap, bound, curvature.trace(KEY, h).value, layer.kronecker.output[0, 0]]
+
+    matrix, w, matrices = jnp.eye(2), jnp.ones((2, 1)), []
+    for slope in (1.0, 2.0):
+        matrices.append(curvature.hessian(loss, w, matrix))
+        np.testing.assert_allclose(figures(matrices[-1]), np.array([1, 1, 2, 2, 2]) * slope, rtol=1e-6)
+    np.testing.assert_allclose(figures(matrices[0]), [1, 1, 2, 2, 2], rtol=1e-6)
 
 
 # How products are made
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("mask", [{"layers": [True, False], "scale": False, "unused": False}])
-def test_masked_product_is_that_of_a_block(mask):
+def test_masked_product_is_that_of_a_block():
     params, batch = mlp(jnp.float64)
-    tangent = random_tangent(params)
-    result = curvature.hvp(mlp_loss, params, batch, mask=mask)(tangent)
-    expected = np.zeros(25)
-    block = exact_mlp_hessian(jnp.float64)[FIRST_LAYER, FIRST_LAYER]
+    mask, tangent = {"layers": [True, False], "scale": False, "unused": True}, random_tangent(params)
+    h = curvature.hessian(mlp_loss, params, batch, mask=mask)
+    expected, block = np.zeros(25), exact_mlp_hessian(jnp.float64)[FIRST_LAYER, FIRST_LAYER]
     expected[FIRST_LAYER] = block @ flat(tangent)[FIRST_LAYER]
-    np.testing.assert_allclose(flat(result), expected, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(flat(h(tangent)), expected, rtol=0, atol=1e-12)
+    (row,) = h.products(np.asarray(h.ravel(tangent))[None])
+    assert row.shape == (h.size,) == (16,)
+    np.testing.assert_allclose(flat(h.unravel(row)), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.usefixtures("x64")
@@ -202,22 +248,12 @@ def test_products_do_not_depend_on_chunks_and_blocks(chunk_size, block_bytes, mo
     monkeypatch.setattr(operators, "_BLOCK_BYTES", block_bytes)
     params, batch = mlp(jnp.float64)
     loader, counts = Loader(split(batch, 17, 13)), []
-    operator = operators.Operator(mlp_loss, params, loader, chunk_size=chunk_size, callback=counts.append)
-    vectors = np.random.default_rng(0).normal(size=(5, operator.size))
+    h = curvature.hessian(mlp_loss, params, loader, chunk_size=chunk_size)
+    vectors = np.random.default_rng(0).normal(size=(5, h.size))
     expected = vectors @ exact_mlp_hessian(jnp.float64)
-    np.testing.assert_allclose(operator.products(vectors), expected, rtol=0, atol=1e-12)
-    assert counts[-1] == operator.num_products == 5
+    np.testing.assert_allclose(h.products(vectors, counts.append), expected, rtol=0, atol=1e-12)
+    assert sum(counts) == 5
     assert loader.passes == (1 if block_bytes > 1 else -(-5 // (chunk_size or 1)))
-
-
-def test_probes_do_not_depend_on_their_number():
-    operator = operators.Operator(quadratic, jnp.ones(45), jnp.eye(45))
-    signs = operator.signs(KEY, 0, 400)
-    np.testing.assert_array_equal(signs[3:5], operator.signs(KEY, 3, 2))
-    np.testing.assert_array_equal(abs(signs), 1)
-    assert abs(signs.mean()) <= 5 / np.sqrt(signs.size)
-    correlations = signs.T @ signs / 400 - np.eye(45)
-    assert abs(correlations).max() <= 5 / np.sqrt(400)
 
 
 def live_bytes():
@@ -243,54 +279,49 @@ def test_memory_does_not_grow_with_the_number_of_batches(kept, monkeypatch):
     w, peaks = jnp.ones(20), []
     for count in (3, 30):
         before, loader = live_bytes(), Watched(count)
-        operators.Operator(loss, w, loader).products(np.ones((2, 20)))
-        operator = operators.Operator(loss, w, list(Watched(count)))
-        operator.products(np.ones((2, 20)))
+        curvature.hessian(loss, w, loader).products(np.ones((2, 20)))
+        h = curvature.hessian(loss, w, list(Watched(count)))
+        h.products(np.ones((2, 20)))
         peaks.append((loader.peak - before, live_bytes() - before))
     assert peaks[1][0] - peaks[0][0] <= 27 * 4  # flags; a batch has 4,000 bytes
     assert max(peak[1] for peak in peaks) <= kept + 10**3
 
 
+def count_linearizations(h):
+    linearize, calls = h.programs.linearize, []
+
+    def counted(*args, **options):
+        calls.append(1)
+        return linearize(*args, **options)
+
+    h.programs.linearize = counted
+    return calls
+
+
 def test_a_list_is_linearized_once_and_a_loader_in_every_pass():
     params, batch = mlp(jnp.float32)
-    for batches, passes in ((split(batch, 17, 13), 1), (batch, 1), (Loader(split(batch, 17, 13)), 3)):
-        operator = operators.Operator(mlp_loss, params, batches)
-        calls = []
-        linearize = operator._steps.linearize
-        operator._steps = operator._steps._replace(
-            linearize=lambda params, batch, linearize=linearize, calls=calls: (
-                calls.append(1),
-                linearize(params, batch),
-            )[1]
-        )
+    for batches, expected in ((split(batch, 17, 13), 2), ([batch], 1), (batch, 1), (Loader([batch] * 2), 6)):
+        h = curvature.hessian(mlp_loss, params, batches)
+        calls = count_linearizations(h)
         for _ in range(3):
-            operator.products(np.ones((1, operator.size)))
-        assert len(calls) == passes * len(list(operators.each(batches)))
+            h.products(np.ones((1, h.size)))
+        assert len(calls) == expected
+    calls.clear()
+    h.at(params).products(np.ones((1, h.size)))
+    assert len(calls) == 2  # its own
 
 
 # Errors
 
-W = {"w": jnp.ones(3)}
 
-
-def cubic(params, batch):
-    return jnp.mean(batch) * jnp.sum(params["w"] ** 3)
+def product(fun, params, batches, **options):
+    return curvature.hessian(fun, params, batches, **options)(params)
 
 
 def returns(value):
     return lambda params, _: value(params["w"])
 
 
-ESTIMATORS = {
-    "diagonal": lambda fun, params, batches: curvature.diagonal(KEY, fun, params, batches),
-    "spectral_density": lambda fun, params, batches: curvature.spectral_density(KEY, fun, params, batches),
-    "hvp": lambda fun, params, batches: curvature.hvp(fun, params, batches)(params),
-    "trace": lambda fun, params, batches: curvature.trace(KEY, fun, params, batches, num_products=4),
-    "eigenvalues": lambda fun, params, batches: curvature.eigenvalues(KEY, fun, params, batches, k=1),
-}
-
-
-@pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -319,122 +350,110 @@ ESTIMATORS = {
         ((cubic, {"w": "name"}, 1.0), TypeError, r"params: leaf \['w'\] is 'name'"),
     ],
 )
-def test_errors_in_what_to_measure(estimator, arguments, error, message):
+def test_errors_in_what_to_measure(arguments, error, message):
     with pytest.raises(error, match=message):
-        ESTIMATORS[estimator](*arguments)
+        product(*arguments)
 
 
 @pytest.mark.parametrize(
-    "estimator", [curvature.trace, curvature.diagonal, curvature.eigenvalues, curvature.spectral_density]
-)
-@pytest.mark.parametrize(
-    ("key", "mask", "error", "message"),
+    ("options", "error", "message"),
     [
-        (0, None, TypeError, "key: expected a PRNG key.*got 0"),
-        (None, None, TypeError, "key: expected a PRNG key.*got None"),
-        (jax.random.split(KEY), None, TypeError, "key: expected one PRNG key"),
-        (KEY, {"w": 1}, TypeError, r"mask: expected True or False for leaf \['w'\], got 1"),
-        (KEY, {"v": True}, ValueError, "mask: not a prefix of the pytree"),
-        (KEY, False, ValueError, "mask: selects no leaf"),
+        ({"mask": {"w": 1}}, TypeError, r"mask: expected True or False for leaf \['w'\], got 1"),
+        ({"mask": {"v": True}}, ValueError, "mask: not a prefix of the pytree"),
+        ({"mask": False}, ValueError, "mask: selects no leaf"),
+        ({"chunk_size": 0}, ValueError, "chunk_size: expected an int >= 1, got 0"),
+        ({"weight": 3}, TypeError, "weight: expected a function of a batch, or None, got 3"),
     ],
 )
-def test_errors_in_key_and_mask(estimator, key, mask, error, message):
+def test_errors_in_options(options, error, message):
     with pytest.raises(error, match=message):
-        estimator(key, cubic, W, 1.0, mask=mask)
+        curvature.hessian(cubic, W, 1.0, **options)
+    with pytest.raises(error, match=message):
+        curvature.gauss_newton(cubic, lambda outputs, _: outputs, W, 1.0, **options)
 
 
 @pytest.mark.parametrize(
-    "estimator", [curvature.trace, curvature.diagonal, curvature.eigenvalues, curvature.spectral_density]
-)
-def test_error_where_the_key_is_missing(estimator):
-    order = r"The arguments are \(key, fun, params, batches\), in this order"
-    with pytest.raises(TypeError, match=f"key: expected a PRNG key.* 'batches' is missing. {order}"):
-        estimator(cubic, W, 1.0)
-    with pytest.raises(TypeError, match=f"key: expected a PRNG key.*got dict. {order}"):
-        estimator(W, cubic, W, 1.0)
-    with pytest.raises(TypeError, match=f"Missing argument: 'batches'. {order}"):
-        estimator(KEY, cubic, W)
-
-
-@pytest.mark.parametrize(
-    ("tangent", "message"),
+    ("tree", "message"),
     [
-        (jnp.ones(3), "tangent: expected a pytree like params"),
-        ({"w": jnp.ones(2)}, r"tangent: expected shape \(3,\) for leaf \['w'\], got \(2,\)"),
+        (jnp.ones(3), "expected a pytree like params"),
+        ({"w": jnp.ones(3), "v": 1.0}, r"expected a pytree like params.*only one of them has leaf \['v'\]"),
+        ({"w": jnp.ones(2)}, r"expected shape \(3,\) for leaf \['w'\], got \(2,\)"),
     ],
 )
-def test_errors_in_the_tangent(tangent, message):
-    with pytest.raises(ValueError, match=message):
-        curvature.hvp(cubic, W, 1.0)(tangent)
+def test_errors_in_a_tangent_and_in_later_params(tree, message):
+    h = curvature.hessian(cubic, W, 1.0)
+    for name, function in (("tangent", h), ("params", h.at)):
+        with pytest.raises(ValueError, match=f"{name}: {message}"):
+            function(tree)
+    with pytest.raises(TypeError, match=r"params: leaf \['w'\] is int32"):
+        h.at({"w": jnp.arange(3)})
 
 
 def test_errors_in_gauss_newton_parts():
-    with pytest.raises(TypeError, match="fun: expected a function as the loss of a GaussNewton, got None"):
-        curvature.ggn_vp(lambda w, _: w, None, jnp.ones(2), None)
+    with pytest.raises(TypeError, match="model: expected a function of params and a batch, got 'model'"):
+        curvature.gauss_newton("model", lambda outputs, _: outputs, jnp.ones(2), None)
+    with pytest.raises(TypeError, match=r"loss: expected a function of the model's outputs.*got NoneType"):
+        curvature.gauss_newton(lambda w, _: w, None, jnp.ones(2), None)
     with pytest.raises(TypeError, match=r"fun: expected a real scalar.*got float32\[2\]"):
-        curvature.ggn_vp(lambda w, _: w, lambda outputs, _: outputs, jnp.ones(2), None)(jnp.ones(2))
-
-
-@pytest.mark.parametrize("estimator", [curvature.trace, curvature.diagonal, curvature.spectral_density])
-def test_errors_in_chunk_size(estimator):
-    with pytest.raises(ValueError, match="chunk_size: expected an int >= 1, got 0"):
-        estimator(KEY, cubic, W, 1.0, chunk_size=0)
+        curvature.gauss_newton(lambda w, _: w, lambda outputs, _: outputs, jnp.ones(2), None)(jnp.ones(2))
 
 
 # Calls that curvature cannot take, and what to do
 
-
+OUTSIDE = "call it outside jit, vmap and grad"
 TRANSFORMED = {
     "jit": jax.jit,
     "vmap": lambda f: lambda *args: jax.vmap(f)(*jax.tree.map(lambda x: jnp.stack([x, x]), args)),
     "grad": lambda f: lambda params, *args: jax.grad(lambda params: f(params, *args))(params),
 }
-OUTSIDE = "call it outside jit, vmap and grad"
 
 
 @pytest.mark.parametrize("transformation", TRANSFORMED)
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_error_inside_a_transformation(estimator, transformation):
-    def measured(params):
-        return ESTIMATORS[estimator](cubic, params, 1.0)
+def test_errors_inside_a_transformation(transformation):
+    message = rf"got a tracer, float32\[3\] for leaf \['w'\]; .*{OUTSIDE}"
+    with pytest.raises(TypeError, match=f"params: {message}"):
+        TRANSFORMED[transformation](lambda params: product(cubic, params, 1.0))(W)
+    h = curvature.hessian(cubic, W, 1.0)
+    for name, function in (("tangent", h), ("params", h.at)):
+        with pytest.raises(TypeError, match=f"{name}: {message}"):
+            TRANSFORMED[transformation](function)(W)
 
-    with pytest.raises(TypeError, match=rf"params: got a tracer, float32\[3\] for leaf \['w'\]; .*{OUTSIDE}"):
-        TRANSFORMED[transformation](measured)(W)
 
-
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_error_inside_jit_with_params_and_data_from_outside(estimator):
-    with pytest.raises(TypeError, match=rf"params: expected to be used outside of jit.*{OUTSIDE}"):
-        jax.jit(lambda: ESTIMATORS[estimator](cubic, W, 1.0))()
+def test_errors_inside_jit_with_all_from_outside():
+    h = curvature.hessian(cubic, W, 1.0)
+    for name, call in (
+        ("params", lambda: h.at(W)),
+        ("tangent", lambda: h(W)),
+        ("h", lambda: h.products(np.ones((1, 3)))),
+    ):
+        with pytest.raises(TypeError, match=rf"{name}: expected to be used outside of jit.*{OUTSIDE}"):
+            jax.jit(call)()
 
 
 @pytest.mark.parametrize("form", [lambda x: x, lambda x: [np.ones(2), x], lambda x: Loader([x])])
 def test_error_where_the_data_are_tracers(form):
     with pytest.raises(TypeError, match=rf"batches\[[01]\]: got a tracer, float32\[2\]; .*{OUTSIDE}"):
-        jax.vmap(lambda x: curvature.hvp(cubic, W, form(x))(W)["w"])(jnp.ones((4, 2)))
-
-
-def test_error_where_the_key_is_a_tracer():
-    with pytest.raises(TypeError, match=rf"key: got a tracer.*{OUTSIDE}"):
-        jax.vmap(lambda key: curvature.trace(key, cubic, W, 1.0).value)(jax.random.split(KEY))
-
-
-@pytest.mark.parametrize("transformation", ["jit", "vmap", "grad"])
-def test_error_where_a_tangent_is_a_tracer(transformation):
-    product = curvature.hvp(cubic, W, 1.0)
-    with pytest.raises(TypeError, match=rf"tangent: got a tracer.*leaf \['w'\]; .*{OUTSIDE}"):
-        TRANSFORMED[transformation](product)(W)
+        jax.vmap(lambda x: product(cubic, W, form(x))["w"])(jnp.ones((4, 2)))
 
 
 def of_three(params, x, y):
     return jnp.mean((x @ params["w"] - y) ** 2)
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("fun", [of_three, jax.jit(of_three), curvature.GaussNewton(of_three, cubic)])
-def test_error_in_a_loss_of_three_arguments(estimator, fun):
+MADE_OF_THREE = {
+    "plain": lambda batch: curvature.hessian(of_three, W, batch),
+    "jitted": lambda batch: curvature.hessian(jax.jit(of_three), W, batch),
+    "gauss_newton": lambda batch: curvature.gauss_newton(of_three, cubic, W, batch),
+}
+
+
+@pytest.mark.parametrize("form", MADE_OF_THREE)
+@pytest.mark.parametrize(
+    "call", [lambda h: h(W), lambda h: curvature.pac_bayes_bound(KEY, h, initial_params=W)]
+)
+def test_error_in_a_loss_of_three_arguments(form, call):
     with pytest.raises(TypeError, match=r"missing 1 required positional argument: 'y'") as caught:
-        ESTIMATORS[estimator](fun, W, (np.ones((2, 3)), np.ones(2)))
+        call(MADE_OF_THREE[form]((np.ones((2, 3)), np.ones(2))))
     (note,) = (note for note in caught.value.__notes__ if "fun" in note)
     assert "fun is called as fun(params, batch)" in note
     assert "pass lambda params, batch: loss(params, *batch)" in note
@@ -446,7 +465,7 @@ def test_error_in_a_tuple_of_batches(batch):
         return jnp.mean((batch["x"] if isinstance(batch, dict) else batch @ params["w"]) ** 2)
 
     with pytest.raises(TypeError, match="unsupported operand") as caught:
-        curvature.trace(KEY, loss, W, (batch, batch, batch))
+        product(loss, W, (batch, batch, batch))
     assert any("batches is a tuple of 3: that is one batch" in note for note in caught.value.__notes__)
     assert any("Give many batches as a list" in note for note in caught.value.__notes__)
 
@@ -457,7 +476,7 @@ def test_other_errors_of_a_loss_come_as_they_are():
 
     for batch in (1.0, (np.ones((2, 3)), np.ones(2, int))):
         with pytest.raises(RuntimeError, match="of the loss") as caught:
-            curvature.trace(KEY, broken, W, batch)
+            product(broken, W, batch)
         assert not any("fun" in note or "batches" in note for note in getattr(caught.value, "__notes__", []))
 
 
@@ -495,16 +514,21 @@ def test_products_go_through_a_custom_vjp(calls_itself, jit):
         lambda outputs, batch: loss(outputs, batch, lambda z: z**2 + z**3),
     )
     tangent = random_tangent(params)
-    for custom, plain in (
-        (lambda p, b: loss(model(p, b), b), lambda p, b: plain_loss(plain_model(p, b), b)),
-        (curvature.GaussNewton(model, loss), curvature.GaussNewton(plain_model, plain_loss)),
-        (curvature.GaussNewton(plain_model, loss), curvature.GaussNewton(plain_model, plain_loss)),
+    hessian = lambda model, loss, *on, **options: curvature.hessian(  # noqa: E731
+        lambda p, b: loss(model(p, b), b), *on, **options
+    )
+    for made, *custom in (
+        (hessian, model, loss),
+        (curvature.gauss_newton, model, loss),
+        (curvature.gauss_newton, plain_model, loss),
     ):
-        expected = curvature.hvp(plain, params, split(batch, 17, 13))(tangent)
-        product = curvature.hvp(custom, params, split(batch, 17, 13))
-        np.testing.assert_allclose(flat(product(tangent)), flat(expected), rtol=1e-9, atol=1e-12)
-        several = curvature.trace(KEY, custom, params, batch, num_products=12, chunk_size=3)
-        same = curvature.trace(KEY, plain, params, batch, num_products=12, chunk_size=3)
+        batches = split(batch, 17, 13)
+        h, expected = made(*custom, params, batches), made(plain_model, plain_loss, params, batches)
+        np.testing.assert_allclose(flat(h(tangent)), flat(expected(tangent)), rtol=1e-9, atol=1e-12)
+        several, same = (
+            curvature.trace(KEY, made(*functions, params, batch, chunk_size=3), num_products=12)
+            for functions in (custom, (plain_model, plain_loss))
+        )
         assert several.value == pytest.approx(same.value, rel=1e-9)
 
 
@@ -516,7 +540,7 @@ def test_a_loss_with_a_custom_vjp_is_traced_once():
         traces.append(1)
         return jnp.mean(tanh(x @ w) ** 2)
 
-    product = curvature.hvp(loss, jnp.ones(3), jnp.ones((2, 3)))
+    h = curvature.hessian(loss, jnp.ones(3), jnp.ones((2, 3)))
     for _ in range(2):
-        product(jnp.ones(3))
+        h(jnp.ones(3))
     assert len(traces) == 1

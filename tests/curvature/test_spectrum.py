@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import KEY, Loader, exact_mlp_hessian, mlp, mlp_loss, quadratic, split, symmetric
+from problems import KEY, Loader, W, cubic, exact_mlp_hessian, mlp, mlp_loss, quadratic, split, symmetric
 
 from nso_jax import curvature
 from nso_jax.curvature import spectrum
+from nso_jax.curvature._probes import random_signs
 
 
 def smoothed(eigenvalues, grid, width):
@@ -21,8 +22,8 @@ def smoothed(eigenvalues, grid, width):
     "eigenvalues", [[0, 0, 0], [3], [2, 2, 2], [5, 0, 0, 0], [-1, 4], [1, -1, 1, -1]], ids=str
 )
 def test_few_eigenvalues_are_nodes(eigenvalues):
-    size = len(eigenvalues)
-    density = curvature.spectral_density(KEY, quadratic, jnp.ones(size), symmetric(eigenvalues))
+    h = curvature.hessian(quadratic, jnp.ones(len(eigenvalues)), symmetric(eigenvalues))
+    density = curvature.spectral_density(KEY, h)
     for nodes, weights in zip(density.nodes, density.weights, strict=True):
         assert weights.sum() == pytest.approx(1, abs=1e-12)
         for node in nodes[weights > 1e-12]:
@@ -34,9 +35,10 @@ def test_few_eigenvalues_are_nodes(eigenvalues):
 @pytest.mark.usefixtures("x64")
 def test_moments_are_those_of_the_probes():
     """Of degree up to 2m - 1, each probe's quadrature gives v^T H^p v / n exactly."""
-    matrix, w = symmetric(np.linspace(-1, 3, 40)), jnp.ones(40)
-    density = curvature.spectral_density(KEY, quadratic, w, matrix, num_probes=3, num_steps=4)
-    probes = curvature.operators.Operator(quadratic, w, matrix).signs(KEY, 0, 3)
+    matrix = symmetric(np.linspace(-1, 3, 40))
+    h = curvature.hessian(quadratic, jnp.ones(40), matrix)
+    density = curvature.spectral_density(KEY, h, num_probes=3, num_steps=4)
+    probes = random_signs(KEY, 0, 3, 40)
     for nodes, weights, probe in zip(density.nodes, density.weights, probes, strict=True):
         for power in range(8):
             exact = probe @ np.linalg.matrix_power(np.asarray(matrix), power) @ probe / 40
@@ -50,9 +52,8 @@ def test_unequal_batches_and_groups_of_probes(bases_bytes, monkeypatch):
     monkeypatch.setattr(spectrum, "_BASES_BYTES", bases_bytes)
     params, batch = mlp(jnp.float64)
     loader, counts = Loader(split(batch, 17, 13)), []
-    density = curvature.spectral_density(
-        KEY, mlp_loss, params, loader, num_probes=4, width=0.05, callback=counts.append
-    )
+    h = curvature.hessian(mlp_loss, params, loader)
+    density = curvature.spectral_density(KEY, h, num_probes=4, width=0.05, callback=counts.append)
     exact = np.linalg.eigvalsh(exact_mlp_hessian(jnp.float64))
     assert density.nodes.shape == density.weights.shape == (4, 25)
     assert abs(density.nodes[:, [0, -1]] - exact[[0, -1]]).max() <= 1e-8
@@ -64,19 +65,10 @@ def test_unequal_batches_and_groups_of_probes(bases_bytes, monkeypatch):
 @pytest.mark.usefixtures("x64")
 def test_error_band_is_true():
     eigenvalues = np.concatenate([np.linspace(-1, 5, 110), np.linspace(10, 30, 10)])
-    matrix, w, scores = symmetric(eigenvalues), jnp.ones(120), []
+    h, scores = curvature.hessian(quadratic, jnp.ones(120), symmetric(eigenvalues), chunk_size=16), []
+    options = {"num_probes": 16, "num_steps": 50, "width": 0.6, "num_points": 120}
     for seed in range(200):
-        density = curvature.spectral_density(
-            jax.random.key(seed),
-            quadratic,
-            w,
-            matrix,
-            num_probes=16,
-            num_steps=50,
-            width=0.6,
-            num_points=120,
-            chunk_size=16,
-        )
+        density = curvature.spectral_density(jax.random.key(seed), h, **options)
         exact = smoothed(eigenvalues, density.grid, 0.6)
         bulk = (density.grid > 0) & (density.grid < 4)
         scores.append(((density.density - exact) / density.standard_error)[bulk])
@@ -86,7 +78,7 @@ def test_error_band_is_true():
 
 def test_low_precision():
     params, batch = mlp(jnp.bfloat16)
-    density = curvature.spectral_density(KEY, mlp_loss, params, batch)
+    density = curvature.spectral_density(KEY, curvature.hessian(mlp_loss, params, batch))
     exact = np.linalg.eigvalsh(exact_mlp_hessian(jnp.bfloat16))
     assert density.nodes.max() == pytest.approx(exact[-1], rel=0.03)
 
@@ -102,4 +94,4 @@ def test_low_precision():
 )
 def test_errors_in_options(options, message):
     with pytest.raises(ValueError, match=message):
-        curvature.spectral_density(KEY, lambda w, _: jnp.sum(w**3), jnp.ones(3), None, **options)
+        curvature.spectral_density(KEY, curvature.hessian(cubic, W, 1.0), **options)

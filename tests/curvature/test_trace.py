@@ -11,6 +11,8 @@ from problems import (
     FIRST_LAYER,
     KEY,
     Loader,
+    W,
+    cubic,
     exact_mlp_hessian,
     exact_network_hessian,
     flat,
@@ -24,6 +26,7 @@ from problems import (
 )
 
 from nso_jax import curvature
+from nso_jax.curvature._probes import random_signs
 
 METHODS = ("xtrace", "hutch++", "hutchinson")
 SPECTRA = {
@@ -45,11 +48,9 @@ def calibrated(errors, standard_errors):
 def runs(method, spectrum):
     with jax.enable_x64(True):
         matrix, params = symmetric(SPECTRA[spectrum]), {"a": jnp.ones(40), "b": jnp.ones(60)}
+        h = curvature.hessian(two_leaves, params, matrix, chunk_size=8)
         estimates = [
-            curvature.trace(
-                jax.random.key(i), two_leaves, params, matrix, method=method, num_products=90, chunk_size=8
-            )
-            for i in range(200)
+            curvature.trace(jax.random.key(i), h, method=method, num_products=90) for i in range(200)
         ]
         return np.asarray(matrix), estimates
 
@@ -98,10 +99,8 @@ def test_deflation_pays(spectrum):
 @pytest.mark.usefixtures("x64")
 def test_trace_of_a_network():
     params, batch = network()
-    matrix = exact_network_hessian()
-    estimates = [
-        curvature.trace(jax.random.key(i), network_loss, params, batch, num_products=32) for i in range(100)
-    ]
+    matrix, h = exact_network_hessian(), curvature.hessian(network_loss, params, batch)
+    estimates = [curvature.trace(jax.random.key(i), h, num_products=32) for i in range(100)]
     scores = [(run.value - np.trace(matrix)) / run.standard_error for run in estimates]
     assert np.abs(scores).max() <= 5
     assert 0.8 <= np.std(scores) <= 1.25
@@ -120,13 +119,13 @@ def test_trace_of_a_network():
     ids=str,
 )
 def test_exact_where_a_subspace_holds_everything(spectrum, method):
-    size = len(spectrum)
     matrix = symmetric(spectrum)
-    run = curvature.trace(KEY, quadratic, jnp.ones(size), matrix, method=method, num_products=200)
+    h = curvature.hessian(quadratic, jnp.ones(len(spectrum)), matrix)
+    run = curvature.trace(KEY, h, method=method, num_products=200)
     assert run.value == pytest.approx(sum(spectrum), abs=1e-12)
     assert run.standard_error <= 1e-12
     assert run.num_products <= 100
-    diagonal = curvature.diagonal(KEY, quadratic, jnp.ones(size), matrix, num_products=200)
+    diagonal = curvature.diagonal(KEY, h, num_products=200)
     np.testing.assert_allclose(diagonal.value, np.diag(matrix), atol=1e-12)
 
 
@@ -134,18 +133,18 @@ def test_what_little_is_left_after_large_eigenvalues_is_not_lost():
     """In float32 the images of the probes show no more than the large eigenvalues."""
     spectrum = np.concatenate([[1e7, -3e7], np.full(300, 1.0)])
     matrix, w = jnp.asarray(np.diag(spectrum), jnp.float32), jnp.ones(302)
-    run = curvature.trace(KEY, lambda w, d: jnp.sum(jnp.diag(d) * w**2) / 2, w, matrix)
+    h = curvature.hessian(lambda w, d: jnp.sum(jnp.diag(d) * w**2) / 2, w, matrix)
+    run = curvature.trace(KEY, h)
     assert abs(run.value - spectrum.sum()) <= 1e-6 * 1e7
 
 
 @pytest.mark.usefixtures("x64")
 def test_hutchinson_with_two_probes_and_more():
     """`v^T H v` is 2 or 10, so the estimate of two probes tells both, and a third adds one of these."""
-    matrix, w = jnp.asarray([[1.0, 2.0], [2.0, 5.0]]), jnp.ones(2)
+    h = curvature.hessian(quadratic, jnp.ones(2), jnp.asarray([[1.0, 2.0], [2.0, 5.0]]))
     for seed in range(8):
         two, three = (
-            curvature.trace(jax.random.key(seed), quadratic, w, matrix, method="hutchinson", num_products=n)
-            for n in (2, 3)
+            curvature.trace(jax.random.key(seed), h, method="hutchinson", num_products=n) for n in (2, 3)
         )
         assert {two.value - two.standard_error, two.value + two.standard_error} <= {2, 10}
         assert round(3 * three.value - 2 * two.value, 9) in {2, 10}
@@ -154,8 +153,8 @@ def test_hutchinson_with_two_probes_and_more():
 @pytest.mark.usefixtures("x64")
 def test_xtrace_and_its_error_by_definition():
     """Each estimate with an orthonormal basis made anew of the other probes' images; and of the others but one."""
-    matrix, w, count = symmetric(SPECTRA["decaying"]), jnp.ones(100), 6
-    probes = curvature.operators.Operator(quadratic, w, matrix).signs(KEY, 0, count)
+    matrix, count = symmetric(SPECTRA["decaying"]), 6
+    probes = random_signs(KEY, 0, count, 100)
     exact = np.asarray(matrix)
 
     def estimate(i, *others):
@@ -168,7 +167,8 @@ def test_xtrace_and_its_error_by_definition():
     covariance = np.mean(
         [(estimates[i] - estimate(i, j)) * (estimates[j] - estimate(j, i)) for i, j in pairs]
     )
-    run = curvature.trace(KEY, quadratic, w, matrix, num_products=2 * count + 1)
+    h = curvature.hessian(quadratic, jnp.ones(100), matrix)
+    run = curvature.trace(KEY, h, num_products=2 * count + 1)
     assert run.num_products == 2 * count
     assert run.value == pytest.approx(estimates.mean(), rel=1e-10)
     variance = estimates.var(ddof=1) / count + max(covariance, 0)
@@ -180,7 +180,7 @@ def test_xtrace_and_its_error_by_definition():
 def test_unequal_batches_are_one_data_set(method):
     params, batch = mlp(jnp.float64)
     whole, parts = (
-        curvature.trace(KEY, mlp_loss, params, batches, method=method, num_products=30)
+        curvature.trace(KEY, curvature.hessian(mlp_loss, params, batches), method=method, num_products=30)
         for batches in (batch, Loader(split(batch, 17, 9, 4)))
     )
     np.testing.assert_allclose(jax.tree.leaves(whole), jax.tree.leaves(parts), rtol=1e-8, atol=1e-12)
@@ -190,7 +190,8 @@ def test_unequal_batches_are_one_data_set(method):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 0.02)])
 def test_trace_adds_up_over_leaves(dtype, tolerance, method):
     params, batch = mlp(dtype)
-    estimate = curvature.trace(KEY, mlp_loss, params, split(batch, 17, 13), method=method)
+    h = curvature.hessian(mlp_loss, params, split(batch, 17, 13))
+    estimate = curvature.trace(KEY, h, method=method)
     assert jax.tree.structure(estimate.per_leaf) == jax.tree.structure(params)
     assert sum(jax.tree.leaves(estimate.per_leaf)) == pytest.approx(estimate.value, rel=1e-9)
     assert estimate.per_leaf["unused"] == estimate.per_leaf_standard_error["unused"] == 0
@@ -211,7 +212,8 @@ def test_trace_adds_up_over_leaves(dtype, tolerance, method):
 def test_mask_restricts_to_a_block(mask, method):
     params, batch = mlp(jnp.float64)
     block = exact_mlp_hessian(jnp.float64)[FIRST_LAYER, FIRST_LAYER]
-    estimate = curvature.trace(KEY, mlp_loss, params, batch, mask=mask, method=method)
+    h = curvature.hessian(mlp_loss, params, batch, mask=mask)
+    estimate = curvature.trace(KEY, h, method=method)
     assert abs(estimate.value - np.trace(block)) <= 5 * estimate.standard_error + 1e-10
     assert estimate.per_leaf["scale"] == 0
 
@@ -222,9 +224,8 @@ def test_shares_of_labels(method):
     params, batch = mlp(jnp.float64)
     matrix = exact_mlp_hessian(jnp.float64)
     labels = {"layers": ["first", "rest"], "scale": "rest", "unused": "none"}
-    estimate = curvature.trace(
-        KEY, mlp_loss, params, batch, method=method, num_products=24, param_labels=labels
-    )
+    h = curvature.hessian(mlp_loss, params, batch)
+    estimate = curvature.trace(KEY, h, method=method, num_products=24, param_labels=labels)
     exact = {
         "first": np.trace(matrix[FIRST_LAYER, FIRST_LAYER]),
         "rest": np.trace(matrix[16:, 16:]),
@@ -240,7 +241,7 @@ def test_shares_of_labels(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_trace_stops_at_rtol(method):
     matrix, w = jnp.asarray(symmetric(np.linspace(1, 5, 400)), jnp.float32), jnp.ones(400)
-    trace = functools.partial(curvature.trace, KEY, quadratic, w, matrix, method=method)
+    trace = functools.partial(curvature.trace, KEY, curvature.hessian(quadratic, w, matrix), method=method)
     loose, counts = trace(rtol=0.02, num_products=1000), []
     assert 8 <= loose.num_products < 150
     assert loose.standard_error <= 0.02 * loose.value
@@ -251,13 +252,9 @@ def test_trace_stops_at_rtol(method):
 
 
 def test_trace_of_a_linear_loss_is_zero():
-    estimate = curvature.trace(KEY, lambda w, _: jnp.sum(w), jnp.ones(3), None, rtol=0.1)
+    h = curvature.hessian(lambda w, _: jnp.sum(w), jnp.ones(3), None)
+    estimate = curvature.trace(KEY, h, rtol=0.1)
     assert estimate == (0.0, 0.0, 8, 0.0, 0.0)
-
-
-def test_legacy_key():
-    cubes = curvature.trace(jax.random.PRNGKey(0), lambda w, _: jnp.sum(w**3), jnp.ones(3), None)
-    assert cubes.value == pytest.approx(18, rel=1e-6)
 
 
 # The diagonal
@@ -276,11 +273,9 @@ def test_diagonal_and_its_errors(method, spectrum):
     def loss(params, matrix):
         return quadratic(jnp.concatenate([params["a"].ravel(), params["b"]]), matrix)
 
-    scores = []
+    h, scores = curvature.hessian(loss, params, matrix, chunk_size=8), []
     for seed in range(50):
-        run = curvature.diagonal(
-            jax.random.key(seed), loss, params, matrix, method=method, num_products=48, chunk_size=8
-        )
+        run = curvature.diagonal(jax.random.key(seed), h, method=method, num_products=48)
         scores.append((flat_numpy(run.value) - np.diag(matrix)) / flat_numpy(run.standard_error))
         assert run.value["a"].shape == run.standard_error["a"].shape == (5, 8)
         assert run.value["a"].dtype == np.float64
@@ -288,7 +283,7 @@ def test_diagonal_and_its_errors(method, spectrum):
         assert run.per_leaf == pytest.approx(sums, rel=1e-9, abs=1e-12)
     assert 0.8 <= np.std(scores) <= 1.25
     if method == "xdiag":
-        trace = curvature.trace(jax.random.key(49), loss, params, matrix, num_products=48)
+        trace = curvature.trace(jax.random.key(49), h, num_products=48)
         assert sum(run.per_leaf.values()) == pytest.approx(trace.value, rel=1e-9)
         assert run.per_leaf_standard_error == pytest.approx(trace.per_leaf_standard_error, rel=1e-6)
 
@@ -301,14 +296,9 @@ def flat_numpy(tree):
 def test_diagonal_of_a_network_in_batches_with_mask_and_labels():
     params, batch = mlp(jnp.float64)
     mask = {"layers": [True, False], "scale": True, "unused": False}
-    run = curvature.diagonal(
-        KEY,
-        mlp_loss,
-        params,
-        Loader(split(batch, 17, 13)),
-        mask=mask,
-        param_labels={"layers": "layers", "scale": "scale", "unused": "unused"},
-    )
+    h = curvature.hessian(mlp_loss, params, Loader(split(batch, 17, 13)), mask=mask)
+    labels = {"layers": "layers", "scale": "scale", "unused": "unused"}
+    run = curvature.diagonal(KEY, h, param_labels=labels)
     exact = np.diag(exact_mlp_hessian(jnp.float64)).copy()
     exact[16:24] = 0
     np.testing.assert_allclose(flat(run.value), exact, atol=1e-10)
@@ -317,12 +307,14 @@ def test_diagonal_of_a_network_in_batches_with_mask_and_labels():
 
 @pytest.mark.parametrize("method", ["xdiag", "hutchinson"])
 def test_diagonal_stops_at_rtol(method):
-    matrix, w = jnp.asarray(symmetric(np.linspace(4, 5, 200)), jnp.float32), jnp.ones(200)
-    run = curvature.diagonal(KEY, quadratic, w, matrix, method=method, rtol=0.05, num_products=1000)
+    matrix = jnp.asarray(symmetric(np.linspace(4, 5, 200)), jnp.float32)
+    h = curvature.hessian(quadratic, jnp.ones(200), matrix)
+    run = curvature.diagonal(KEY, h, method=method, rtol=0.05, num_products=1000)
     assert np.linalg.norm(run.standard_error) <= 0.05 * np.linalg.norm(run.value)
     assert run.num_products < 400
     # Exact for a diagonal Hessian, whatever the probes: signs have squares of 1.
-    exact = curvature.diagonal(KEY, lambda w, _: jnp.sum(w**3), jnp.arange(3.0), None, method="hutchinson")
+    cubes = curvature.hessian(lambda w, _: jnp.sum(w**3), jnp.arange(3.0), None)
+    exact = curvature.diagonal(KEY, cubes, method="hutchinson")
     np.testing.assert_allclose(exact.value, [0, 6, 12], rtol=1e-6)
     assert exact.num_products == 100
 
@@ -357,4 +349,4 @@ def test_diagonal_stops_at_rtol(method):
 )
 def test_errors_in_options(estimator, options, message):
     with pytest.raises((TypeError, ValueError), match=message):
-        estimator(KEY, lambda params, _: jnp.sum(params["w"] ** 3), {"w": jnp.ones(3)}, None, **options)
+        estimator(KEY, curvature.hessian(cubic, W, 1.0), **options)

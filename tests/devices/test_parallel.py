@@ -308,7 +308,7 @@ def test_each_shard_of_a_param_draws_for_itself(key, checked):
         return jnp.mean((prediction - batch.y) ** 2)
 
     def per_shard(key, params):
-        return noise.perturbation(key, params, SIGMA, specs=specs)
+        return noise.perturbation(key, params, SIGMA, param_specs=specs)
 
     options = {"axis_name": "data"} | ({} if checked else {"param_specs": specs})
     fn = nso_jax.value_and_grad(local_loss, sigma=SIGMA, **options)

@@ -28,7 +28,7 @@ optimizer = nso_jax.nso(optax.adam(0.1), 0.1, key=key)
 optimizer.update(grads, optimizer.init(w), w, grad_fn=lambda w, i: jax.grad(loss)(w))
 nso_jax.sharpness.sam(loss, rho=0.1)(key, w)
 nso_jax.penalties.hessian_trace(key, loss, w)
-assert nso_jax.curvature.trace(key, loss, w, ()).value > 0
+assert nso_jax.curvature.trace(key, nso_jax.curvature.hessian(loss, w, ())).value > 0
 """
 NO_FLAX = "ImportError: nso_jax.nnx needs flax: pip install 'nso-jax[flax]'\n"
 NO_BENCHMARKS = "of the 'benchmarks' extra: in the checkout, pip install -e '.[benchmarks]'\n"

@@ -11,6 +11,7 @@ from flax import nnx
 import nso_jax
 import nso_jax.nnx
 from nso_jax import noise, sharpness
+from nso_jax.noise.perturbation import _leaf_keys
 from tests.reliability import entry_points, nonfinite
 
 PATIENCE = 3
@@ -53,7 +54,7 @@ ENTRIES = {
 def rarely_huge(key, shape, dtype):
     """Below 1 in size, but for one draw of the four that the fixed key has."""
     keys = jax.random.split(jax.random.key(20), 4)
-    path_key = noise._leaf_keys(keys[2], [""])[0]
+    path_key = _leaf_keys(keys[2], [""])[0]
     huge = jnp.all(jax.random.key_data(key) == jax.random.key_data(path_key))
     return jnp.where(huge, 1.0, 1e-6) * jnp.ones(shape, dtype)
 

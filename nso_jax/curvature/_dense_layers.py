@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
 
-from nso_jax.curvature.operators import batch_size
+from nso_jax.curvature._batches import batch_size
 
 # Primitives that give back the arrays that they are given.
 _KEEPING = {"convert_element_type", "copy", "copy_p", "name", "optimization_barrier", "sharding_constraint"}
@@ -94,17 +94,14 @@ def tapped(
     return jax.tree.unflatten(jax.tree.structure(shapes), outputs), _only(layer.uses, leaf.shape)
 
 
-def find_layout(
-    model: Callable[[Any, Any], Any], position: int, params: Any, batch: Any
-) -> tuple[Use, Layout]:
+def find_layout(use_of: Callable[[Any, Any], Use], params: Any, batch: Any) -> tuple[Use, Layout]:
     """How a leaf is used (by its shapes), and where the examples are in the layer's inputs.
 
     Where there are more vectors than examples, shapes alone do not tell: the axes of time and of examples may
     be of one length or folded into one. So the examples of the batch are rotated by one, and the place is
     that in which the layer's inputs rotate with them.
     """
-    inputs = jax.jit(lambda params, batch: tapped(model, position, params, batch)[1])
-    use = jax.eval_shape(inputs, params, batch)
+    use = jax.eval_shape(use_of, params, batch)
     examples = batch_size(batch, 0)
     free = use.inputs.shape[:-1]
     candidates = _layouts(free, examples)
@@ -113,7 +110,7 @@ def find_layout(
     if math.prod(free) == examples:
         return use, candidates[0]
     before, after = (
-        np.asarray(inputs(params, one).inputs, np.float64) for one in (batch, _rotated(batch, examples))
+        np.asarray(use_of(params, one).inputs, np.float64) for one in (batch, _rotated(batch, examples))
     )
     allowed = np.sqrt(use.epsilon) * np.linalg.norm(before)
     for layout in candidates:

@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
+__all__ = ["subspace_overlap"]
+
 # A vector of norm 1 nearer than this to the span of others is taken to lie in it.
 _DEPENDENT = 1e-6
 

@@ -1,33 +1,53 @@
 """Random probes of a symmetric matrix A, and what they tell of its diagonal: plain, or beside a subspace."""
 
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from scipy.linalg import qr
 
-from nso_jax.curvature.operators import Operator, orthogonalise
+from nso_jax import noise
+from nso_jax.curvature import _vectors
+from nso_jax.curvature._estimators import Products
+from nso_jax.curvature._lanczos import orthogonalise
 
 # Probes between two looks at the error, which with fewer would itself be too uncertain: 26 % with eight.
 _ROUND = 8
 _SIGNED_SUMS = 8  # for the covariance of the estimates of a diagonal
 
 
+def random_signs(key: jax.Array, first: int, count: int, size: int) -> np.ndarray:
+    """Random signs, a row for each of the probes from `first` on; a probe depends on its number alone."""
+    rows = [_signs(jax.random.fold_in(key, first + i), size) for i in range(count)]
+    return np.stack(rows, dtype=np.float64)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _signs(key: jax.Array, size: int) -> jax.Array:
+    # In whole words of 32, which one draw of random bits fills.
+    return noise.rademacher(key, (32 * -(-size // 32),), jnp.float32)[:size]
+
+
 class Hutchinson:
     """Probes v, of which only the sums of v * A v are kept: by leaf, and over the probes by entry."""
 
-    def __init__(self, key: jax.Array, operator: Operator) -> None:
-        self._key, self._operator = key, operator
-        self._shares = np.empty((0, len(operator.flags)))
-        self._mean = self._squares = np.zeros(operator.size)  # of v * A v; and the sum of (v * A v - mean)^2
+    def __init__(self, key: jax.Array, products: Products) -> None:
+        self._key, self._products = key, products
+        self._shares = np.empty((0, len(products.h.flags)))
+        self._mean = self._squares = np.zeros(
+            products.h.size
+        )  # of v * A v; and the sum of (v * A v - mean)^2
 
     def rounds(self, num_products: int) -> Iterator[float]:
         """As `Deflation.rounds`."""
-        while (start := self._operator.num_products) < num_products:
-            probes = self._operator.signs(self._key, start, min(_ROUND, num_products - start))
-            terms = probes * self._operator.products(probes)
-            shares = [leaf.sum(axis=1) for leaf in self._operator.split(terms)]
+        h = self._products.h
+        while (start := self._products.count) < num_products:
+            probes = random_signs(self._key, start, min(_ROUND, num_products - start), h.size)
+            terms = probes * self._products(probes)
+            shares = [leaf.sum(axis=1) for leaf in _vectors.split(terms, h.params, h.flags)]
             self._shares = np.concatenate([self._shares, np.stack(shares, axis=1)])
             # The update of a mean and of the squares around it by Chan, Golub and LeVeque.
             weight = len(terms) / len(self._shares)
@@ -55,10 +75,10 @@ class Deflation:
     unit vector s is orthogonal to the coefficients of the other images in the basis.
     """
 
-    def __init__(self, key: jax.Array, operator: Operator, *, leave_one_out: bool) -> None:
-        self._key, self._operator, self._leave_one_out = key, operator, leave_one_out
-        self._probes = self._images = np.empty((0, operator.size))  # v and A v, in rows
-        self._basis = self._basis_images = np.empty((0, operator.size))  # Q and A Q, transposed
+    def __init__(self, key: jax.Array, products: Products, *, leave_one_out: bool) -> None:
+        self._key, self._products, self._leave_one_out = key, products, leave_one_out
+        self._probes = self._images = np.empty((0, products.h.size))  # v and A v, in rows
+        self._basis = self._basis_images = np.empty((0, products.h.size))  # Q and A Q, transposed
         self._drawn = 0
         # Once images show nothing new beyond rounding, the subspace stays, and later probes are independent.
         self._closed, self._before_closing, self._rounding = False, 0, np.finfo(float).tiny
@@ -71,7 +91,7 @@ class Deflation:
         """
         while True:
             price = 1 if self._closed else 2 if self._leave_one_out else 3
-            count = min(_ROUND, (num_products - self._operator.num_products) // price)
+            count = min(_ROUND, (num_products - self._products.count) // price)
             if not count:
                 return
             if self._closed:
@@ -90,10 +110,9 @@ class Deflation:
         the covariance negative, it counts as 0.
         """
         probes, images, s = self._independent()
-        rows = (self._basis, self._basis_images, probes, images)
-        leaves = [_Overlaps.of(*parts) for parts in zip(*map(self._operator.split, rows), strict=True)]
-        sums = [_Overlaps.sum([leaves[i] for i in group]) for group in groups]
-        value, variance, covariance = _moments(_Overlaps.sum(leaves), sums, s)
+        leaves = [_GramMatrices.of(*parts) for parts in self._by_leaf(probes, images)]
+        sums = [_GramMatrices.sum([leaves[i] for i in group]) for group in groups]
+        value, variance, covariance = _moments(_GramMatrices.sum(leaves), sums, s)
         return value, np.sqrt(variance + np.maximum(covariance, 0))
 
     def entries(self) -> tuple[np.ndarray, np.ndarray]:
@@ -104,29 +123,34 @@ class Deflation:
         """
         probes, images, s = self._independent()
         rows = (self._basis, self._basis_images, probes, images)
-        whole = _Overlaps.of(*rows)
+        whole = _GramMatrices.of(*rows)
         inside = whole.q_aq
         tops = s @ inside.T
         c, d = _outside(s, inside, whole.v_q, whole.v_aq)
         leaves = []
-        for q, aq, v, av in zip(*map(self._operator.split, rows), strict=True):
+        for q, aq, v, av in self._by_leaf(probes, images):
             sq = s @ q
             known = 2 * (np.sum(q * aq, axis=0) - sq * (s @ aq)) - np.sum(q * (inside @ q), axis=0)
             known += 2 * sq * (tops @ q) - _dots(s, tops)[:, None] * sq**2
             leaves.append(mean_and_error(known + v * (av - c @ aq - d @ q)))
         value, error = (np.concatenate(parts) for parts in zip(*leaves, strict=True))
-        signs = np.random.default_rng(0).choice([-1.0, 1.0], size=(_SIGNED_SUMS, self._operator.size))
-        sums = [_Overlaps.of(*rows, signs=row) for row in signs]
+        signs = np.random.default_rng(0).choice([-1.0, 1.0], size=(_SIGNED_SUMS, self._products.h.size))
+        sums = [_GramMatrices.of(*rows, signs=row) for row in signs]
         _, variance, covariance = _moments(whole, sums, s)
         if variance.sum() > 0:
             error *= np.sqrt(1 + max(0.0, covariance.sum() / variance.sum()))
         return value, error
 
+    def _by_leaf(self, probes: np.ndarray, images: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
+        """The stretches of the basis, its image, probes and images that belong to each leaf."""
+        h, rows = self._products.h, (self._basis, self._basis_images, probes, images)
+        return zip(*(_vectors.split(row, h.params, h.flags) for row in rows), strict=True)
+
     def _measure(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         """New probes and their images."""
-        probes = self._operator.signs(self._key, self._drawn, count)
+        probes = random_signs(self._key, self._drawn, count, self._products.h.size)
         self._drawn += count
-        return probes, self._operator.products(probes)
+        return probes, self._products(probes)
 
     def _add(self, probes: np.ndarray, images: np.ndarray) -> None:
         self._probes = np.concatenate([self._probes, probes])
@@ -137,11 +161,11 @@ class Deflation:
         probes, images = self._measure(count)
         rest = orthogonalise(images, self._basis)
         directions, triangle, _ = qr(rest.T, mode="economic", pivoting=True)
-        self._rounding = max(self._rounding, self._operator.epsilon * np.linalg.norm(images, axis=1).max())
+        self._rounding = max(self._rounding, self._products.h.epsilon * np.linalg.norm(images, axis=1).max())
         new = directions.T[np.abs(np.diag(triangle)) > 10 * self._rounding]
         self._basis = np.concatenate([self._basis, new])
-        self._basis_images = np.concatenate([self._basis_images, self._operator.products(new)])
-        self._closed = len(new) < count or len(self._basis) == self._operator.size
+        self._basis_images = np.concatenate([self._basis_images, self._products(new)])
+        self._closed = len(new) < count or len(self._basis) == self._products.h.size
         self._add(*((probes, images) if self._leave_one_out else self._measure(count)))
         if self._leave_one_out and self._closed:
             self._before_closing = len(self._probes)
@@ -153,7 +177,7 @@ class Deflation:
         return late if self._closed and late > 1 else 0
 
     def _floor(self) -> float:
-        if len(self._basis) == self._operator.size:
+        if len(self._basis) == self._products.h.size:
             return np.inf
         return self._rounding if self._late else 0.0
 
@@ -167,7 +191,7 @@ class Deflation:
         return probes, images, left_out / np.linalg.norm(left_out, axis=1, keepdims=True)
 
 
-class _Overlaps(NamedTuple):
+class _GramMatrices(NamedTuple):
     """Products of rows with one another, over some of their entries."""
 
     q_q: np.ndarray  # (r, r)
@@ -179,7 +203,7 @@ class _Overlaps(NamedTuple):
     @classmethod
     def of(
         cls, q: np.ndarray, aq: np.ndarray, v: np.ndarray, av: np.ndarray, signs: np.ndarray | None = None
-    ) -> "_Overlaps":
+    ) -> "_GramMatrices":
         """Of a basis, its image, probes and their images, the terms of the entries with signs if given."""
         left_q, left_v = (q, v) if signs is None else (q * signs, v * signs)
         return cls(
@@ -187,12 +211,12 @@ class _Overlaps(NamedTuple):
         )
 
     @classmethod
-    def sum(cls, parts: list["_Overlaps"]) -> "_Overlaps":
+    def sum(cls, parts: list["_GramMatrices"]) -> "_GramMatrices":
         """Over the entries of all parts."""
         return cls(*(np.sum(fields, axis=0) for fields in zip(*parts, strict=True)))
 
 
-class _Pairs(NamedTuple):
+class _LeaveTwoOut(NamedTuple):
     """For each two probes i and j, the part t_ij that i leaves out besides s_i if j is left out as well."""
 
     s: np.ndarray  # (m, r)
@@ -200,7 +224,7 @@ class _Pairs(NamedTuple):
     sine: np.ndarray  # the norm of s_j - cosine s_i, which is t_ij sine; infinite for i = j, where t_ij is 0
 
     @classmethod
-    def of(cls, s: np.ndarray) -> "_Pairs":
+    def of(cls, s: np.ndarray) -> "_LeaveTwoOut":
         """Of the unit vectors that are left out."""
         cosine = s @ s.T
         sine = np.sqrt(np.maximum(1 - cosine**2, np.finfo(float).eps))
@@ -224,7 +248,7 @@ class _Pairs(NamedTuple):
 
 
 def _moments(
-    whole: _Overlaps, sums: list[_Overlaps], s: np.ndarray
+    whole: _GramMatrices, sums: list[_GramMatrices], s: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The mean estimate of each sum over some entries, its variance if independent, the covariance."""
     estimates = np.stack([_estimates(whole, part, s) for part in sums], axis=1)
@@ -232,13 +256,13 @@ def _moments(
     covariance = np.zeros_like(value)
     if s.any():
         count = len(s)
-        pairs = _Pairs.of(s)
-        losses = (_losses(whole, part, pairs) for part in sums)
-        covariance = np.array([np.sum(loss * loss.T) for loss in losses]) / (count * (count - 1))
+        pairs = _LeaveTwoOut.of(s)
+        changes = (_changes(whole, part, pairs) for part in sums)
+        covariance = np.array([np.sum(change * change.T) for change in changes]) / (count * (count - 1))
     return value, error**2, covariance
 
 
-def _estimates(whole: _Overlaps, part: _Overlaps, s: np.ndarray) -> np.ndarray:
+def _estimates(whole: _GramMatrices, part: _GramMatrices, s: np.ndarray) -> np.ndarray:
     """Each probe's estimate of the sum of some entries, with s taken from P."""
     inside = whole.q_aq
     tops = s @ inside.T
@@ -249,7 +273,7 @@ def _estimates(whole: _Overlaps, part: _Overlaps, s: np.ndarray) -> np.ndarray:
     return known + part.v_av - _dots(c, part.v_aq) - _dots(d, part.v_q)
 
 
-def _losses(whole: _Overlaps, part: _Overlaps, pairs: _Pairs) -> np.ndarray:
+def _changes(whole: _GramMatrices, part: _GramMatrices, pairs: _LeaveTwoOut) -> np.ndarray:
     """What each probe's estimate, in rows, loses when another one, in columns, is left out too."""
     inside = whole.q_aq
     c, _ = _outside(pairs.s, inside, whole.v_q, whole.v_aq)
