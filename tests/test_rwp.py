@@ -150,6 +150,17 @@ def test_nnx_modules_train_with_it_and_their_statistics_move_once(key, standard_
     np.testing.assert_allclose(model.norm.mean[...], 0.01 * (means[0] + means[1]) / 2, rtol=1e-4)
 
 
+def test_the_state_of_an_nnx_optimizer_has_the_second_moment_too(key, standard_promotion):
+    model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, optax.adam(0.1), wrt=nnx.Param)
+    optimizer.update(model, jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param)))
+    sigma = noise.adaptive(0.1, optax.tree.get(optimizer.opt_state, "nu"), 1000.0)
+    deviations = sigma(nnx.state(model, nnx.Param))
+    assert jax.tree.structure(deviations) == jax.tree.structure(nnx.state(model, nnx.Param))
+    for deviation in jax.tree.leaves(deviations):
+        np.testing.assert_allclose(deviation, 0.1 / np.sqrt(1 + 1000 * 0.001), rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [

@@ -266,7 +266,7 @@ def _mixed(*, adapted: bool) -> Callable[[Loss], Update]:
         ) -> None:
             sigma: Any = noise.relative(strength, "filter")
             if adapted:
-                squares = optax.tree.get(nnx.pure(optimizer.opt_state), "squares")
+                squares = optax.tree.get(optimizer.opt_state, "squares")
                 sigma = noise.adaptive(sigma, squares, ARWP_ETA)
             value_and_grad = nso_jax.nnx.value_and_grad(loss, method=sharpness.mrwp, sigma=sigma)
             optimizer.update(model, value_and_grad(key, model, batch)[1])

@@ -165,7 +165,7 @@ def adaptive(sigma: Sigma, squares: PyTree, eta: Any = 1.0) -> Callable[[PyTree]
       sigma: what is divided: a scalar, a prefix pytree of the params, or a function from them to one, as
         `relative` gives.
       squares: F, a pytree with the leaves of the params, >= 0; at the start, zeros, it changes nothing. Of an
-        `nnx.Optimizer` it is `optax.tree.get(nnx.pure(optimizer.opt_state), "nu")`.
+        `nnx.Optimizer` it is `optax.tree.get(optimizer.opt_state, "nu")`.
       eta: in units of one over squared gradients, a scalar >= 0. It may be traced. With a large one noise is
         in proportion to 1 / sqrt(F).
 
