@@ -10,29 +10,16 @@ import optax
 import pytest
 
 from nso_jax import noise, sharpness
+from tests.test_sharpness import loss, numpy_grad, problem
 
 W = jnp.array([1.0, -2.0])
 OPTIONS = {"num_examples": 200, "weight_decay": 0.01, "b1": 0.8, "b2": 0.9, "initial_hessian": 0.5}
 
 
-def loss(params, x, y):
-    hidden = jnp.tanh(x @ params["w1"] + params["b1"].reshape(1, -1))
-    return jnp.mean((hidden @ params["w2"] - y) ** 2)
-
-
-def numpy_grad(params, x, y):
-    hidden = np.tanh(x @ params["w1"] + params["b1"])
-    d_out = 2 * (hidden @ params["w2"] - y) / y.size
-    d_hidden = (d_out @ params["w2"].T) * (1 - hidden**2)
-    return {"w1": x.T @ d_hidden, "b1": d_hidden.sum(0), "w2": hidden.T @ d_out}
-
-
 @pytest.mark.parametrize("antithetic", [False, True])
 @pytest.mark.parametrize("num_samples", [1, 3])
 def test_20_steps_equal_numpy(key, x64, num_samples, antithetic):
-    rng = np.random.default_rng(1)
-    shapes = {"w1": (4, 8), "b1": (8,), "w2": (8, 2)}
-    reference = {name: rng.normal(size=shape) * 0.5 for name, shape in shapes.items()}
+    reference, xs, ys = problem()
     params = jax.tree.map(jnp.asarray, reference)
     options = OPTIONS | {"num_samples": num_samples, "antithetic": antithetic}
     tx = sharpness.ivon(lambda count: 0.2 - 0.005 * count.astype(float), key=key, **options)
@@ -46,8 +33,7 @@ def test_20_steps_equal_numpy(key, x64, num_samples, antithetic):
     state = tx.init(params)
     g = {n: np.zeros_like(w) for n, w in reference.items()}
     h = {n: np.full_like(w, 0.5) for n, w in reference.items()}
-    for t in range(20):
-        x, y = rng.normal(size=(16, 4)), rng.normal(size=(16, 2))
+    for t, (x, y) in enumerate(zip(xs, ys, strict=True)):
         q = {n: np.zeros_like(w) for n, w in reference.items()}
         p = {n: np.zeros_like(w) for n, w in reference.items()}
         signs = (1, -1) if antithetic else (1,)

@@ -371,7 +371,7 @@ W = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
         (
             lambda _: noise.relative(1, "layer"),
             ValueError,
-            "per: expected one of 'weight', 'channel', 'tensor', got 'layer'",
+            "per: expected one of 'weight', 'channel', 'tensor', 'filter', got 'layer'",
         ),
     ],
 )
