@@ -110,17 +110,18 @@ def test_auxiliary_output_and_keys_of_the_halves(key):
         return loss(params, x, y), {
             "mean": jnp.mean(x),
             "count": jnp.int32(len(x)),
+            "of_the_noisy": jnp.int32(len(x)),
             "bits": jax.random.key_data(dropout),
         }
 
     fn = sharpness.mrwp(
         with_aux, sigma=SIGMA, noisy_weight=0.25, batch_argnums=(1, 2), has_aux=True,
-        aux={"mean": "mean", "count": "sum", "bits": "sum"},
+        aux={"mean": "mean", "count": "sum", "of_the_noisy": "mean", "bits": "sum"},
     )  # fmt: skip
     dropout = jax.random.key(3)
     (_, aux), _ = fn(key, PARAMS, X, Y, dropout)
     np.testing.assert_allclose(aux["mean"], 0.25 * X[::2].mean() + 0.75 * X[1::2].mean(), rtol=1e-5)
-    assert aux["count"] == 8
+    assert (aux["count"], aux["of_the_noisy"]) == (8, 4)
     folded = [jax.random.key_data(jax.random.fold_in(dropout, i)) for i in range(2)]
     np.testing.assert_array_equal(aux["bits"], folded[0] + folded[1])
 

@@ -86,6 +86,34 @@ def test_explicit_meshes(key, sizes):
             chex.assert_trees_all_close(fn(key, params, x), expected, rtol=2e-5, atol=1e-6)
 
 
+def test_a_mesh_without_devices_gives_shapes(key):
+    """As for a program that is compiled for other machines."""
+    mesh, args = mesh_of(8), (key, make_params(), make_batch())
+    shapes = jax.eval_shape(on_mesh(mesh.abstract_mesh), *args)
+    chex.assert_trees_all_equal_shapes_and_dtypes(shapes, jax.eval_shape(on_mesh(mesh), *args))
+
+
+def test_keys_that_a_loss_returns_are_those_of_the_first_device(key):
+    def returning(params, batch, rng):
+        return loss(params, batch)[0], rng
+
+    fn = parallel.value_and_grad(returning, sigma=SIGMA, mesh=mesh_of(8), has_aux=True)
+    rng = jax.random.key(5)
+    (_, returned), _ = fn(key, make_params(), make_batch(), rng)
+    assert returned == jax.random.fold_in(rng, 0)
+
+
+def test_a_method_may_have_no_signature(key):
+    class Method:
+        __signature__ = "unknown"
+
+        def __call__(self, fun, **options):
+            return nso_jax.value_and_grad(fun, **options)
+
+    args = key, make_params(), make_batch()
+    chex.assert_trees_all_equal(on_mesh(mesh_of(8), method=Method())(*args), on_mesh(mesh_of(8))(*args))
+
+
 def test_static_arguments_stay_python_values(key):
     def flagged(params, batch, train, names):
         assert train is True

@@ -116,13 +116,14 @@ def test_bsam_averages_over_devices(key):
     chex.assert_trees_all_equal_shapes_and_dtypes(state, own.init(PARAMS))
 
 
-def test_bsam_refuses_a_gradient_that_may_be_a_part_of_it(key):
+@pytest.mark.parametrize("wrap", [lambda loss: loss, jax.jit, jax.checkpoint], ids=["plain", "jit", "remat"])
+def test_bsam_refuses_a_gradient_that_may_be_a_part_of_it(key, wrap):
     mesh = mesh_of(8)
     tx = sharpness.bsam(0.1, num_examples=100, key=key, axis_name="data")
 
     def step(w, x):
         def grad_fn(w, _):
-            return jax.grad(lambda w: jax.lax.pmean(jnp.mean((x @ w) ** 2), "data"))(w)
+            return jax.grad(wrap(lambda w: jax.lax.pmean(jnp.mean((x @ w) ** 2), "data")))(w)
 
         return tx.update(w, tx.init(w), w, grad_fn=grad_fn)[0]
 
