@@ -67,7 +67,7 @@ say-%:
 	@echo 'make $*: $(SAY_$*)'
 
 SAY_test := lint, types, the quicker tests of every module, doctests, the code of the README and of docs; 8 minutes.
-SAY_coverage := what the quicker tests reach of the library; 9 minutes.
+SAY_coverage := what the quicker tests reach of the library; 11 minutes.
 SAY_test-all := slow tests, faults, timing, notebooks; then quicker tests on the oldest and newest versions; 30 minutes.
 SAY_test-slow := slow tests, faults, benchmark commands, timing, notebooks; 15 minutes.
 SAY_test-oldest := the quicker tests on the oldest versions; 8 minutes.
