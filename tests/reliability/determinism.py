@@ -147,7 +147,7 @@ def _digests_of_a_process(hash_seed: str) -> dict[str, str]:
     program = (
         "import json; from tests.reliability import determinism; print(json.dumps(determinism.digests()))"
     )
-    environment = os.environ | {"PYTHONHASHSEED": hash_seed}
+    environment = os.environ | {"PYTHONHASHSEED": hash_seed, "JAX_NUM_CPU_DEVICES": str(jax.device_count())}
     done = subprocess.run(  # noqa: S603
         [sys.executable, "-c", program],
         cwd=Path(__file__).parents[2],

@@ -13,11 +13,6 @@ from tests.devices.benchmarks.test_pods import TINY
 from tests.devices.meshes import P, mesh_of
 
 
-@pytest.fixture(autouse=True)
-def strict():
-    """Instead of the fixture for the library's own tests: the decoder leaves broadcasting to JAX."""
-
-
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_sharded_and_whole_params_give_one_gradient(tensor):
     params = decoder.init(jax.random.key(0), TINY)

@@ -1,0 +1,3 @@
+"""What the benchmarks' tests share, for those that need several devices."""
+
+from tests.benchmarks.conftest import strict as strict
