@@ -35,7 +35,6 @@ class Case:
         model: Makes the network.
         shape: Of the batch.
         vocabulary: How many tokens there are; None for images.
-        repetitions: How often to time each step, unless the user says otherwise.
         without: Steps that take too long to compile.
     """
 
@@ -43,7 +42,6 @@ class Case:
     model: Callable[..., nnx.Module]
     shape: tuple[int, ...]
     vocabulary: int | None = None
-    repetitions: int = 25
     without: tuple[str, ...] = ()
 
 
@@ -57,7 +55,6 @@ CASES = {
         Transformer,
         (16, 64),
         vocabulary=1000,
-        repetitions=15,
         without=("nso-signs-k4",),
     ),
 }

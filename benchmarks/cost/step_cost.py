@@ -12,11 +12,10 @@ from rich.progress import Progress
 
 from benchmarks.cost import jax_steps
 from benchmarks.kit import plots, timing
-from benchmarks.kit.options import Output, OwnCount
+from benchmarks.kit.options import Count, Output
 from benchmarks.kit.timing import Call, Ratio
 
 NOISE = "noise"  # a case of its own, beside those of `jax_steps`
-NOISE_REPETITIONS = 25
 
 # Every step with its label, under the library that makes it.
 LIBRARIES = {
@@ -65,11 +64,11 @@ class Options(Output):
 
     Attributes:
         cases: What to time.
-        repetitions: Measurements of each time, instead of 25, or 15 of the Transformer.
+        repetitions: Measurements of each time.
     """
 
     cases: tuple[CaseName, ...] = get_args(CaseName)
-    repetitions: OwnCount = None
+    repetitions: Count = 25
 
 
 def run(options: Options, progress: Progress) -> dict[str, Any]:
@@ -79,7 +78,7 @@ def run(options: Options, progress: Progress) -> dict[str, Any]:
         if name in options.cases:
             num_weights, calls = jax_steps.step_calls(case)
             compiling = timing.first_calls({name: calls[name] for name in ("nso", "nso-k4")})
-            seconds = _timed(case.title, calls, options.repetitions or case.repetitions, progress)
+            seconds = _timed(case.title, calls, options.repetitions, progress)
             results["cases"][name] = {
                 "title": case.title,
                 "weights": num_weights,
@@ -89,7 +88,7 @@ def run(options: Options, progress: Progress) -> dict[str, Any]:
             }
     if NOISE in options.cases:
         calls = jax_steps.noise_calls()
-        seconds = _timed(NOISE, calls, options.repetitions or NOISE_REPETITIONS, progress)
+        seconds = _timed(NOISE, calls, options.repetitions, progress)
         results[NOISE] = _figures(seconds, {name: Ratio(name, 1, "constant") for name in calls})
     return results
 
@@ -110,10 +109,9 @@ def rows(results: dict[str, Any]) -> list[list[str]]:
 def caption(results: dict[str, Any]) -> str:
     """What the table shows, in a few sentences."""
     settings, machine = results["settings"], results["machine"]
-    measured = [*results["cases"].values(), *([results[NOISE]] if NOISE in results else [])]
-    counts = sorted({figures["repetitions"] for figures in measured})
+    count = next(iter([*results["cases"].values(), results.get(NOISE, {})]))["repetitions"]
     text = (
-        f"Medians of {' or '.join(map(str, counts))} repetitions, each of all steps of a case in turn, on "
+        f"Medians of {count} repetitions, each of all steps of a case in turn, on "
         f"{machine['cpu_count']} CPU cores ({machine['device']}). A step: gradient and update, by SGD with "
         "momentum. NSO: k = 1, normal noise; signs: Rademacher noise. 2 gradients: twice a plain gradient, "
         "without an update. One side: one draw, one gradient, normal noise or signs; in parts: with noise "
