@@ -221,15 +221,18 @@ def _plain(problem: Problem) -> Gradient:
     return lambda _, params, batch: jax.value_and_grad(problem.loss)(params, batch)
 
 
-def _bsam(problem: Problem) -> Gradient:
-    """A whole update, as that is what it gives."""
+def _updated(method: Callable[..., Any], **options: Any) -> Callable[[Problem], Gradient]:
+    """A whole update, as that is what an optimizer gives."""
 
-    def update(key: jax.Array, params: nnx.State, batch: Examples) -> Any:
-        optimizer = sharpness.bsam(0.1, rho=STRENGTH, num_examples=10_000, key=key)
-        grad_fn = lambda params, _: jax.grad(problem.loss)(params, batch)  # noqa: E731
-        return optimizer.update(params, optimizer.init(params), params, grad_fn=grad_fn)
+    def of(problem: Problem) -> Gradient:
+        def update(key: jax.Array, params: nnx.State, batch: Examples) -> Any:
+            optimizer = method(0.1, num_examples=10_000, key=key, **options)
+            grad_fn = lambda params, _: jax.grad(problem.loss)(params, batch)  # noqa: E731
+            return optimizer.update(params, optimizer.init(params), params, grad_fn=grad_fn)
 
-    return update
+        return update
+
+    return of
 
 
 def _plus(
@@ -289,8 +292,20 @@ RIVALS = {
         "sharpness.rsam(loss, rho=0.05, sigma=0.01)",
         _instead(sharpness.rsam, rho=STRENGTH, sigma=STRENGTH),
     ),
+    "m-RWP": Rival(
+        "trace of the Hessian, on half of the batch",
+        "sharpness.mrwp(loss, sigma=0.05)",
+        _instead(sharpness.mrwp, sigma=STRENGTH),
+    ),
     "BSAM": Rival(
-        "a bound on a posterior's mean loss", "sharpness.bsam(0.1, num_examples=n, key=key)", _bsam
+        "a bound on a posterior's mean loss",
+        "sharpness.bsam(0.1, num_examples=n, key=key)",
+        _updated(sharpness.bsam, rho=STRENGTH),
+    ),
+    "IVON": Rival(
+        "a posterior's mean loss",
+        "sharpness.ivon(0.1, num_examples=n, key=key)",
+        _updated(sharpness.ivon),
     ),
     "Hessian trace": Rival(
         "trace of the Hessian, explicitly",
