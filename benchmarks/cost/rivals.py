@@ -25,7 +25,7 @@ from nso_jax import noise, penalties, sharpness
 STRENGTH = 0.01  # of noise, radii and penalties: what it is makes no difference to what they cost
 FAMILIES = {
     "plain": plots.BLACK,
-    "NSO": plots.BLUE,
+    "weight noise": plots.BLUE,
     "SAM's family": plots.ORANGE,
     "penalty": plots.VERMILLION,
 }
@@ -170,7 +170,9 @@ def plot(results: dict[str, Any]) -> bytes:
 def _family(name: str) -> str:
     if name == "plain":
         return "plain"
-    return "NSO" if name.startswith("NSO") else "SAM's family" if name.endswith("SAM") else "penalty"
+    if name.startswith("NSO") or name in {"m-RWP", "IVON"}:
+        return "weight noise"
+    return "SAM's family" if name.endswith("SAM") else "penalty"
 
 
 def _measure(case: Case, repetitions: int, advance: Callable[[], None]) -> dict[str, Any]:
