@@ -37,7 +37,7 @@ def check_not_in_multi_steps(name: str) -> None:
         )
         raise ValueError(
             f"{name}: optax.MultiSteps around it would keep the last microbatch's gradient alone; "
-            f"{'' if name in ('bsam', 'ivon') else inside}split the batch with nso_jax.parallel.microbatch."
+            f"{inside if name == 'noise_stability' else ''}split the batch with nso_jax.parallel.microbatch."
         )
 
 
@@ -56,8 +56,9 @@ def check_injected(*also_static: str) -> None:
     wrong = [name for name in parameters if name in names and name not in (*dynamic, "key")]
     if dynamic and wrong:
         static = tuple(name for name in parameters if name not in dynamic)
-        name, first = unwrapped(factory).__name__, _dynamic(factory)[0]
-        module = "nso_jax.sharpness" if name in ("bsam", "ivon") else "nso_jax"
+        function, first = unwrapped(factory), _dynamic(factory)[0]
+        name = function.__name__
+        module = "nso_jax.sharpness" if function.__module__.startswith("nso_jax.sharpness.") else "nso_jax"
         raise TypeError(
             f"{', '.join(wrong)}: optax.inject_hyperparams makes schedules of functions and arrays of "
             "numbers, which these cannot be. Write "

@@ -175,13 +175,13 @@ def check_inexact(params: PyTree, name: str = "params") -> None:
             )
 
 
-def check_real_params(name: str, params: PyTree) -> None:
-    """Raises TypeError if a leaf is not real: what `name` says of a weight's variance is for these."""
+def check_real_params(params: PyTree, why: str) -> None:
+    """Raises TypeError if a leaf is not inexact, or not real; `why` it has to be stands in the message."""
     check_inexact(params)
     for path, leaf in jax.tree.leaves_with_path(params):
         if jnp.iscomplexobj(leaf):
             raise TypeError(
-                f"params: leaf {leaf_name(path)} is {describe(leaf)}, but {name} is for real weights; give "
+                f"params: leaf {leaf_name(path)} is {describe(leaf)}, but {why}; give "
                 "the real and the imaginary part as two leaves."
             )
 

@@ -99,16 +99,9 @@ class Parts:
         count = self.count
         keys = jax.random.split(key, count) if count > 1 else [key]
 
-        def part(i: Any) -> Batch:
-            def examples(x: Any) -> jax.Array:
-                interleaved = jnp.reshape(x, (x.shape[0] // count, count, *x.shape[1:]))
-                return jax.lax.dynamic_index_in_dim(interleaved, i, axis=1, keepdims=False)
-
-            return batch if count == 1 else jax.tree.map(examples, batch)
-
         def on_part(i: Any, state: PyTree) -> tuple[PyTree, PyTree, Any]:
             """What a part gives, the state after it, and how much it counts."""
-            examples = part(i)
+            examples = part_of(batch, i, count)
             out, moved = evaluate(i, keys[i], examples, others, state)
             if self.weight is None:
                 return out, moved, None
@@ -179,6 +172,16 @@ def check_whole(numbers: tuple[int, ...], batch: Batch, count: int) -> None:
                 f"batch_argnums: argument {i} is differentiated, and its gradients would be averaged over "
                 "different examples; leave it out."
             )
+
+
+def part_of(batch: Batch, i: Any, count: int) -> Batch:
+    """The examples i, i + count, i + 2 count, ..., so that a batch sharded over devices stays on them."""
+
+    def examples(x: Any) -> jax.Array:
+        interleaved = jnp.reshape(x, (x.shape[0] // count, count, *x.shape[1:]))
+        return jax.lax.dynamic_index_in_dim(interleaved, i, axis=1, keepdims=False)
+
+    return batch if count == 1 else jax.tree.map(examples, batch)
 
 
 def join(fixed: list[Any], batch: Batch) -> list[Any]:

@@ -1,4 +1,4 @@
-"""What an optax transformation that evaluates the loss is called with."""
+"""What optax transformations that evaluate the loss share: their calls, their keys, their gradients."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from nso_jax._axes import AxisName, check_own_gradients
 from nso_jax._callers import check_not_in_multi_steps
 from nso_jax._checks import PyTree, check_inexact, describe, is_numeric, leaf_name
 
@@ -40,3 +41,22 @@ def check_like_params(name: str, grads: PyTree, params: PyTree) -> None:
                 f"{name}: leaf {leaf_name(path)} is {describe(leaf)}, expected the shape of {describe(w)}."
             )
     check_inexact(grads, name)
+
+
+def key_for_state(key: jax.Array) -> jax.Array:
+    """A key's data, copied: a state may be donated, the caller's key may not."""
+    return jnp.array(jax.random.key_data(key))
+
+
+def key_of_update(key: jax.Array, state: Any) -> jax.Array:
+    """The key of the update that a state with `rng_key` and `count` is at, of the same kind as `key`."""
+    rng_key = jax.random.wrap_key_data(state.rng_key, impl=jax.random.key_impl(key))
+    return jax.random.fold_in(rng_key, state.count)
+
+
+def checked_gradients(name: str, grad_fn: Any, params: PyTree, i: Any, axis_name: AxisName | None) -> PyTree:
+    """`grad_fn(params, i)`; raises ValueError or TypeError if it may be but a part, or is none."""
+    check_own_gradients(name, lambda w: grad_fn(w, i), params, axis_name)
+    grads = grad_fn(params, i)
+    check_like_params("grad_fn", grads, params)
+    return grads

@@ -8,11 +8,17 @@ import jax.numpy as jnp
 import optax
 
 from nso_jax import noise
-from nso_jax._axes import Axes, AxisName, check_own_gradients
+from nso_jax._axes import Axes, AxisName
 from nso_jax._callers import check_injected, check_not_in_multi_steps
 from nso_jax._checks import PyTree, as_key, describe, is_function
 from nso_jax._draws import Draws
-from nso_jax._updates import check_like_params, check_update_arguments
+from nso_jax._updates import (
+    check_like_params,
+    check_update_arguments,
+    checked_gradients,
+    key_for_state,
+    key_of_update,
+)
 from nso_jax.noise import Sampler, Sigma
 
 __all__ = ["NoiseStabilityState", "noise_stability", "nso"]
@@ -117,8 +123,7 @@ def noise_stability(
     def init_fn(params: PyTree) -> NoiseStabilityState:
         del params
         check_not_in_multi_steps("noise_stability")
-        copy = jnp.array(jax.random.key_data(key))  # the state may be donated, the caller's key may not
-        return NoiseStabilityState(jnp.zeros((), jnp.int32), copy)
+        return NoiseStabilityState(jnp.zeros((), jnp.int32), key_for_state(key))
 
     def update_fn(
         updates: PyTree,
@@ -131,18 +136,14 @@ def noise_stability(
         del extra_args
         check_update_arguments("noise_stability", params, grad_fn)
         check_like_params("updates", updates, params)
-        rng_key = jax.random.wrap_key_data(state.rng_key, impl=jax.random.key_impl(key))
 
         def evaluate(params: PyTree, i: jax.Array) -> tuple[PyTree, tuple[()]]:
-            check_own_gradients("noise_stability", lambda w: grad_fn(w, i), params, axis_name)
-            grads = grad_fn(params, i)
-            check_like_params("grad_fn", grads, params)
-            return grads, ()
+            return checked_gradients("noise_stability", grad_fn, params, i, axis_name), ()
 
         at_count = dataclasses.replace(draws, sigma=sigma(state.count)) if scheduled else draws
         averaged, _ = at_count.mean(
             evaluate,
-            jax.random.fold_in(rng_key, state.count),
+            key_of_update(key, state),
             params,
             axes=axes,
             clean=lambda _: updates,

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nso_jax._checks import check_inexact, check_scalar, describe, leaf_mask, leaf_name
+from nso_jax._checks import check_real_params, check_scalar, describe, leaf_mask, leaf_name
 
 _OUTSIDE = "curvature.* loops over the data in Python: call it outside jit, vmap and grad."
 
@@ -27,15 +27,9 @@ def check_outside_jit(name: str) -> None:
 
 def check_params(params: Any) -> Any:
     """`params` with every leaf a JAX array; raises for leaves that have no curvature or a complex one."""
-    check_inexact(params)
+    check_real_params(params, "curvature is of real parameters")
     check_concrete("params", params)
     check_outside_jit("params")
-    for path, leaf in jax.tree.leaves_with_path(params):
-        if jnp.iscomplexobj(leaf):
-            raise TypeError(
-                f"params: leaf {jax.tree_util.keystr(path)} is {describe(leaf)}, but curvature is of real "
-                "parameters; give the real and the imaginary part as two leaves."
-            )
     return jax.tree.map(jnp.asarray, params)
 
 

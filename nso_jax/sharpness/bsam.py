@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from nso_jax import noise
-from nso_jax._axes import Axes, AxisName, check_own_gradients
+from nso_jax._axes import Axes, AxisName
 from nso_jax._backend import computed_once
 from nso_jax._callers import check_injected, check_not_in_multi_steps
 from nso_jax._checks import (
@@ -18,7 +18,7 @@ from nso_jax._checks import (
     check_scalar,
 )
 from nso_jax._precision import cast_like, mixed, scaled, widen
-from nso_jax._updates import check_like_params, check_update_arguments
+from nso_jax._updates import check_update_arguments, checked_gradients, key_for_state, key_of_update
 
 __all__ = ["BSAMState", "bsam"]
 
@@ -123,11 +123,10 @@ def bsam(
 
     def init_fn(params: PyTree) -> BSAMState:
         check_not_in_multi_steps("bsam")
-        check_real_params("bsam", params)
-        copy = jnp.array(jax.random.key_data(key))  # the state may be donated, the caller's key may not
+        check_real_params(params, "bsam is for real weights")
         zeros = jax.tree.map(lambda w: jnp.zeros_like(widen(w)), params)
         precision = jax.tree.map(lambda m: jnp.full_like(m, initial_precision), zeros)
-        return BSAMState(jnp.zeros((), jnp.int32), copy, zeros, precision)
+        return BSAMState(jnp.zeros((), jnp.int32), key_for_state(key), zeros, precision)
 
     def update_fn(
         updates: PyTree,
@@ -139,16 +138,11 @@ def bsam(
     ) -> tuple[PyTree, BSAMState]:
         del updates, extra_args
         check_update_arguments("bsam", params, grad_fn)
-        rng_key = jax.random.wrap_key_data(state.rng_key, impl=jax.random.key_impl(key))
-        rng_key = jax.random.fold_in(rng_key, state.count)
         s = state.precision
-        (local, own), rng_key = axes.localize((params, s), rng_key)
+        (local, own), rng_key = axes.localize((params, s), key_of_update(key, state))
 
         def gradient(params: PyTree, i: int) -> PyTree:
-            check_own_gradients("bsam", lambda w: grad_fn(w, jnp.int32(i)), params, axis_name)
-            grads = grad_fn(params, jnp.int32(i))
-            check_like_params("grad_fn", grads, params)
-            return jax.tree.map(widen, grads)
+            return jax.tree.map(widen, checked_gradients("bsam", grad_fn, params, jnp.int32(i), axis_name))
 
         deviation = jax.tree.map(lambda s: jax.lax.rsqrt(num_examples * s), own)
         u = noise.perturbation(rng_key, local, deviation, mask=mask)

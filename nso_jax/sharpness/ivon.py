@@ -1,5 +1,6 @@
 """Improved variational online Newton, an optimizer."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -7,12 +8,12 @@ import jax.numpy as jnp
 import optax
 
 from nso_jax import noise
-from nso_jax._axes import Axes, AxisName, check_own_gradients
+from nso_jax._axes import Axes, AxisName
 from nso_jax._callers import check_injected, check_not_in_multi_steps
 from nso_jax._checks import PyTree, as_key, check_count, check_real_params, check_scalar
 from nso_jax._draws import Draws
 from nso_jax._precision import cast_like, mixed, scaled, widen
-from nso_jax._updates import check_like_params, check_update_arguments
+from nso_jax._updates import check_update_arguments, checked_gradients, key_for_state, key_of_update
 from nso_jax.noise import Sampler
 
 __all__ = ["IVONState", "ivon"]
@@ -108,15 +109,14 @@ def ivon(
     if not callable(learning_rate):
         check_scalar("learning_rate", learning_rate)
     axes = Axes(axis_name)
-    Draws(0.0, num_samples, antithetic, sampler)  # checks them
+    draws = Draws(0.0, num_samples, antithetic, sampler)
 
     def init_fn(params: PyTree) -> IVONState:
         check_not_in_multi_steps("ivon")
-        check_real_params("ivon", params)
-        copy = jnp.array(jax.random.key_data(key))  # the state may be donated, the caller's key may not
+        check_real_params(params, "ivon is for real weights")
         zeros = jax.tree.map(lambda w: jnp.zeros_like(widen(w)), params)
         hessian = jax.tree.map(lambda g: jnp.full_like(g, initial_hessian), zeros)
-        return IVONState(jnp.zeros((), jnp.int32), copy, zeros, hessian)
+        return IVONState(jnp.zeros((), jnp.int32), key_for_state(key), zeros, hessian)
 
     def damped(h: jax.Array) -> jax.Array:
         return h + jnp.asarray(weight_decay).astype(h.dtype)
@@ -126,14 +126,11 @@ def ivon(
     ) -> tuple[PyTree, IVONState]:
         del updates, extra_args
         check_update_arguments("ivon", params, grad_fn)
-        rng_key = jax.random.wrap_key_data(state.rng_key, impl=jax.random.key_impl(key))
         precision = jax.tree.map(lambda h: num_examples * damped(h), state.hessian)
-        draws = Draws(jax.tree.map(jax.lax.rsqrt, precision), num_samples, antithetic, sampler)
+        of_posterior = dataclasses.replace(draws, sigma=jax.tree.map(jax.lax.rsqrt, precision))
 
         def evaluate(moved: PyTree, i: jax.Array) -> tuple[PyTree, tuple[()]]:
-            check_own_gradients("ivon", lambda w: grad_fn(w, i), moved, axis_name)
-            grads = grad_fn(moved, i)
-            check_like_params("grad_fn", grads, moved)
+            grads = checked_gradients("ivon", grad_fn, moved, i, axis_name)
             # With the noise that arrived, rounded as the weights are.
             curved = jax.tree.map(
                 lambda g, v, w, s: widen(g) * (widen(v) - widen(w)) * s, grads, moved, params, precision
@@ -141,8 +138,9 @@ def ivon(
             return (grads, curved), ()
 
         like = state.momentum, state.hessian
-        rng_key = jax.random.fold_in(rng_key, state.count)
-        local, _ = draws.mean(evaluate, rng_key, params, axes=axes, clean=lambda _: like, like=like)
+        local, _ = of_posterior.mean(
+            evaluate, key_of_update(key, state), params, axes=axes, clean=lambda _: like, like=like
+        )
         q, p = axes.combine(local)
 
         def corrected(h: jax.Array, p: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from nso_jax import gradients
 from nso_jax._calls import check_aux_modes, named_after
 from nso_jax._checks import PyTree, as_key, broadcast_prefix, check_scalar, is_inexact
-from nso_jax._parts import Batch, batch_numbers, check_whole, fold_keys, join, select_batch
+from nso_jax._parts import batch_numbers, check_whole, fold_keys, join, part_of, select_batch
 from nso_jax._precision import widen
 from nso_jax.noise import Sigma
 
@@ -91,7 +91,7 @@ def mrwp(
 
         def on_half(fn: Callable[..., PyTree], i: int) -> PyTree:
             others, named = fold_keys((fixed, kwargs), i)
-            return fn(key, *join(others, _half(batch, i)), **named)
+            return fn(key, *join(others, part_of(batch, i, 2)), **named)
 
         first, second = on_half(noisy, 0), on_half(plain, 1)
         leaves, treedef = jax.tree.flatten(first)
@@ -104,11 +104,6 @@ def mrwp(
         return jax.tree.unflatten(treedef, mixed)
 
     return named_after(fun, value_and_grad_fn, "Value and gradient, half of it at perturbed weights,")
-
-
-def _half(batch: Batch, i: int) -> Batch:
-    """The examples i, i + 2, i + 4, ..., so that a batch that is sharded over devices stays on them."""
-    return jax.tree.map(lambda x: jnp.reshape(x, (-1, 2, *jnp.shape(x)[1:]))[:, i], batch)
 
 
 def _joined(mode: str, weight: Any, noisy: jax.Array, plain: jax.Array) -> jax.Array:
