@@ -1,11 +1,15 @@
-"""Methods side by side on one task: tuned alike, trained from several seeds, and their curvature measured."""
+"""Methods side by side on one task: tuned alike, trained from several seeds, and their curvature measured.
+
+Every strength of every method is trained and measured, with the learning rate that suits it: see `fronts`.
+"""
 
 import dataclasses
 import functools
 import itertools
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -20,7 +24,7 @@ from benchmarks.tasks.data import Examples
 from benchmarks.training import loop, measuring
 from benchmarks.training.loop import Settings, Task, Trained
 from benchmarks.training.measuring import Gauge
-from benchmarks.training.methods import METHODS, Method, Name
+from benchmarks.training.methods import COMPARED, METHODS, Method, Name
 from nso_jax import curvature
 
 TUNING_SEED = 100  # and those after it; they draw other examples than the seeds of the results
@@ -75,9 +79,9 @@ class Options(Resumable):
         batch_size: Examples in a batch.
         rates: Learning rates to try with each of a method's strengths.
         weight_decays: Weight decays to try where a method has no strength; plain SGD's or Adam's is for all.
-        seeds: Trainings of each method for the results.
+        seeds: Trainings of each method with each of its strengths for the results.
         tuning_seeds: Trainings of each method with each strength and rate that is tried.
-        points: How often to measure in a training.
+        points: How often to measure in a training of the chosen strength.
         point_products: Hessian-vector products for a trace on the way.
         final_products: The most of them for a trace at the end.
         rtol: Its standard error, over the trace, that is small enough.
@@ -85,7 +89,7 @@ class Options(Resumable):
         eigenvalue_tol: The largest eigenvalue's residual, over it, that is small enough.
     """
 
-    methods: tuple[Name, ...] = get_args(Name)
+    methods: tuple[Name, ...] = COMPARED
     gradients: Count = 480
     batch_size: Count = 48
     rates: tuple[float, ...] = (0.05, 0.1)
@@ -140,15 +144,17 @@ def compare(problem: Problem, options: Options, journal: Journal, progress: Prog
         if options.gradients % method.gradients_per_step:
             wanted = f"a multiple of {method.gradients_per_step}, what {name} takes in a step"
             raise UserError(f"argument --gradients: expected {wanted}, got {options.gradients}")
-    number = sum(len(grid(method, options)) for method in methods.values()) * options.tuning_seeds
-    total = (number + options.seeds * len(methods)) * options.gradients
+    tuned = sum(len(grid(method, options)) for method in methods.values()) * options.tuning_seeds
+    measured = sum(len(method.strengths) for method in methods.values()) * options.seeds
+    total = (tuned + measured) * options.gradients
     advance = functools.partial(progress.advance, progress.add_task(problem.name, total=total))
     gauge = measuring.gauge(measuring.split_network(problem.task.model(0))[0])
 
-    def figures(name: str, knobs: Knobs, seed: int, *, tuned: bool) -> dict[str, Any]:
+    def figures(
+        name: str, knobs: Knobs, seed: int, train: Callable[..., dict[str, Any]], points: int = 1
+    ) -> dict[str, Any]:
         title = f"{name} {knobs.strength:g}, rate {knobs.rate:g}, decay {knobs.weight_decay:g}, seed {seed}"
-        settings = knobs.settings(options.gradients, seed, options.points if tuned else 1)
-        train = train_and_measure if tuned else train_and_validate
+        settings = knobs.settings(options.gradients, seed, points)
         compute = functools.partial(
             train, problem, methods[name], settings, options, gauge=gauge, journal=journal, advance=advance
         )
@@ -159,16 +165,18 @@ def compare(problem: Problem, options: Options, journal: Journal, progress: Prog
 
     tuning: list[dict[str, Any]] = []
     chosen: dict[str, Knobs] = {}
+    tried: list[tuple[str, Knobs]] = []
     seeds = range(TUNING_SEED, TUNING_SEED + options.tuning_seeds)
     for name, method in methods.items():
         plain = next(iter(chosen.values()), None)
-        tried = itertools.product(grid(method, options, plain and plain.weight_decay), seeds)
-        runs = [figures(name, knobs, seed, tuned=False) for knobs, seed in tried]
+        settings = itertools.product(grid(method, options, plain and plain.weight_decay), seeds)
+        runs = [figures(name, knobs, seed, train_and_validate) for knobs, seed in settings]
         tuning += runs
         chosen[name] = choose(runs)
+        tried += [(name, choose([run for run in runs if run["strength"] == s])) for s in method.strengths]
     runs = [
-        figures(name, knobs, seed, tuned=True)
-        for (name, knobs), seed in itertools.product(chosen.items(), range(options.seeds))
+        figures(name, knobs, seed, train_and_measure, options.points if knobs == chosen[name] else 1)
+        for (name, knobs), seed in itertools.product(tried, range(options.seeds))
     ]
     assert len({run["evaluations"] for run in runs}) == 1, "methods differ in gradient evaluations"  # noqa: S101
     return {
@@ -206,7 +214,9 @@ def choose(tuning: list[dict[str, Any]]) -> Knobs:
     by_knobs: dict[Knobs, list[float]] = {}
     for run in tuning:
         by_knobs.setdefault(Knobs(*(run[name] for name in Knobs._fields)), []).append(run["validation_loss"])
-    return min(by_knobs, key=lambda knobs: statistics.mean(by_knobs[knobs]))
+    means = {knobs: statistics.mean(losses) for knobs, losses in by_knobs.items()}
+    # A training that diverged has no loss, and NaN is neither less nor more than a number.
+    return min(means, key=lambda knobs: means[knobs] if math.isfinite(means[knobs]) else math.inf)
 
 
 def train_and_validate(
@@ -232,14 +242,16 @@ def train_and_measure(
     gauge: Gauge,
     **keywords: Any,
 ) -> dict[str, Any]:
-    """Trains once, and measures all that is reported, on the way too."""
+    """Trains once, and measures all that is reported, on the way too if at more than one point."""
     split = problem.split(settings.seed)
 
     def measure(model: nnx.Module) -> dict[str, float]:
-        return measure_point(gauge, model, split, options)
+        return measure_point(gauge, model, split, options) if settings.num_points > 1 else {}
 
     trained = loop.train(problem.task, method, settings, measure=measure, **keywords)
     figures = _figures(trained, gauge, split)
+    if not math.isfinite(figures["validation_loss"]):
+        return figures | {"curve": trained.curve}  # it diverged: there is no curvature
     return figures | measure_end(gauge, trained.model, split, options) | {"curve": trained.curve}
 
 

@@ -17,7 +17,7 @@ from rich.progress import Progress
 from benchmarks.kit.files import UserError, read_file, write_files
 from benchmarks.kit.journal import Journal
 from benchmarks.kit.options import Count
-from benchmarks.quality import comparison, comparison_table
+from benchmarks.quality import comparison, comparison_table, fronts
 from benchmarks.quality.comparison import Problem, Split
 from benchmarks.tasks import augmentation, checkpoints, data, models, parquet
 from benchmarks.tasks.data import Examples
@@ -29,12 +29,16 @@ PRETRAINING_RATE, PRETRAINING_DECAY = 0.1, 5e-4
 PRETRAINING_BATCH = 100
 MLP_WIDTH = 256
 # Its weights are so many that they bear more noise, and longer steps up.
-MLP_STRENGTHS = {"nso": (0.01, 0.02, 0.05, 0.1), "asam": (0.5, 1.0, 2.0, 4.0)} | dict.fromkeys(
-    ("nso-relative", "nso-micro", "wp-micro"), (0.2, 0.4, 0.8, 1.2)
+MLP_STRENGTHS = {"asam": (0.5, 1.0, 2.0, 4.0, 8.0)}
+MLP_STRENGTHS |= dict.fromkeys(("nso", "wp-sgd"), (0.01, 0.02, 0.05, 0.1, 0.2))
+MLP_STRENGTHS |= dict.fromkeys(
+    ("nso-relative", "nso-micro", "wp-micro", "wp-adaptive"), (0.2, 0.4, 0.8, 1.2, 1.6)
 )
+MLP_STRENGTHS |= dict.fromkeys(("lpf-sgd", "mrwp", "marwp"), (0.005, 0.01, 0.02, 0.04, 0.08))
 DIGITS_TRAIN = 797  # of 1,797: those that are not for the test
 
 HEADERS, rows, plot = comparison_table.HEADERS, comparison_table.rows, comparison_table.plot
+plot_front, markdown_front = fronts.plot, fronts.markdown
 
 NetworkName = Literal["small-resnet", "resnet18", "vit", "mlp"]
 
