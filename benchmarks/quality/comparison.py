@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from rich.progress import Progress
 
+from benchmarks.kit import timing
 from benchmarks.kit.files import UserError
 from benchmarks.kit.journal import Journal
 from benchmarks.kit.options import Count, Resumable
@@ -147,6 +148,14 @@ def compare(problem: Problem, options: Options, journal: Journal, progress: Prog
     tuned = sum(len(grid(method, options)) for method in methods.values()) * options.tuning_seeds
     measured = sum(len(method.strengths) for method in methods.values()) * options.seeds
     total = (tuned + measured) * options.gradients
+    minutes = total * seconds_of_a_gradient(problem.task, next(iter(methods.values())), options) / 60
+    progress.console.print(
+        f"{problem.name}: {tuned} trainings to choose by and {measured} to measure, of {options.gradients} "
+        f"gradients each: about {math.ceil(minutes)} minutes here in all, and what compiling and measuring "
+        "take. Stopped at any moment, it goes on by --resume.",
+        highlight=False,
+        soft_wrap=True,
+    )
     advance = functools.partial(progress.advance, progress.add_task(problem.name, total=total))
     gauge = measuring.gauge(measuring.split_network(problem.task.model(0))[0])
 
@@ -190,6 +199,16 @@ def compare(problem: Problem, options: Options, journal: Journal, progress: Prog
         "tuning": tuning,
         "runs": runs,
     }
+
+
+def seconds_of_a_gradient(task: Task, method: Method, options: Options) -> float:
+    """Those that a step takes here, over its gradients; the median of a few steps, after compiling."""
+    steps = loop.compiled(task, method, options.gradients, "constant")
+    state = loop.initial_state(task, method, Settings(options.gradients, options.rates[0]))
+    key, batch = jax.random.key(0), next(task.batches(0, 0))
+    calls = {"step": lambda: steps.step(state, key, batch)}
+    taken = timing.interleaved(calls, 3, advance=lambda: None)["step"]
+    return statistics.median(taken) / method.gradients_per_step
 
 
 def grid(method: Method, options: Options, weight_decay: float | None = None) -> list[Knobs]:
