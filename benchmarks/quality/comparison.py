@@ -44,12 +44,14 @@ class Problem:
         task: The training.
         split: `split(seed)`.
         strengths: What is tried of the methods' strengths, where it is not what `METHODS` says.
+        measure: What else there is to measure of a trained network, in evaluation mode.
     """
 
     name: str
     task: Task
     split: Callable[[int], Split]
     strengths: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
+    measure: Callable[[nnx.Module], dict[str, float]] = lambda _: {}
 
     def sizes(self) -> dict[str, Any]:
         """What it is called, and how many examples each part of a split has, ready for JSON."""
@@ -143,7 +145,8 @@ def compare(problem: Problem, options: Options, journal: Journal, progress: Prog
     number = sum(len(grid(method, options)) for method in methods.values()) * options.tuning_seeds
     total = (number + options.seeds * len(methods)) * options.gradients
     advance = functools.partial(progress.advance, progress.add_task(problem.name, total=total))
-    gauge = measuring.gauge(measuring.split_network(problem.task.model(0))[0])
+    task = problem.task
+    gauge = measuring.gauge(measuring.split_network(task.model(0))[0], task.loss, task.accuracy)
 
     def figures(name: str, knobs: Knobs, seed: int, *, tuned: bool) -> dict[str, Any]:
         title = f"{name} {knobs.strength:g}, rate {knobs.rate:g}, decay {knobs.weight_decay:g}, seed {seed}"
@@ -239,8 +242,8 @@ def train_and_measure(
         return measure_point(gauge, model, split, options)
 
     trained = loop.train(problem.task, method, settings, measure=measure, **keywords)
-    figures = _figures(trained, gauge, split)
-    return figures | measure_end(gauge, trained.model, split, options) | {"curve": trained.curve}
+    figures = _figures(trained, gauge, split) | measure_end(gauge, trained.model, split, options)
+    return figures | problem.measure(trained.model) | {"curve": trained.curve}
 
 
 def _figures(trained: Trained, gauge: Gauge, split: Split) -> dict[str, Any]:
