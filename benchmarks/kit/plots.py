@@ -37,6 +37,7 @@ _STYLES = {
     "nso": (BLUE, "-"),
     "nso-relative": (BLUE, "--"),
     "nso-micro": (SKY, "-"),
+    "wp-relative": (GREEN, "-."),
     "wp-micro": (GREEN, "--"),
     "lpf-sgd": (GREEN, ":"),
     "mrwp": (PURPLE, ":"),
@@ -51,6 +52,7 @@ _NAMES = {
     "marwp": "m-ARWP",
     "nso-relative": "NSO-relative",
     "nso-micro": "NSO-micro",
+    "wp-relative": "WP-relative",
     "wp-micro": "WP-micro",
 }
 _ACRONYMS = {"sgd", "swa", "sam", "usam", "asam", "rsam", "bsam", "ivon", "wp-sgd", "lpf-sgd", "nso", "seht"}

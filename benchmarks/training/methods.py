@@ -39,6 +39,7 @@ Name = Literal[
     "nso",
     "nso-relative",
     "nso-micro",
+    "wp-relative",
     "wp-micro",
     "seht",
 ]
@@ -370,6 +371,7 @@ METHODS: dict[str, Method] = {
     "nso": nso(),
     "nso-relative": nso(relative=True),
     "nso-micro": nso(relative=True, num_microbatches=4),
+    "wp-relative": nso(relative=True, antithetic=False),
     "wp-micro": nso(relative=True, num_microbatches=4, antithetic=False),
     # Its gradient is as dear as two: see results/rivals.json.
     "seht": Method(penalized(_hessian_trace), 3, (1e-4, 3e-4, 1e-3, 3e-3)),
