@@ -37,6 +37,7 @@ _STYLES = {
     "nso": (BLUE, "-"),
     "nso-relative": (BLUE, "--"),
     "nso-micro": (SKY, "-"),
+    "wp-relative": (GREEN, "-."),
     "wp-micro": (GREEN, "--"),
     "wp-adaptive": (GREEN, "-"),
     "lpf-sgd": (GREEN, ":"),
@@ -52,6 +53,7 @@ _NAMES = {
     "marwp": "m-ARWP",
     "nso-relative": "NSO-relative",
     "nso-micro": "NSO-micro",
+    "wp-relative": "WP-relative",
     "wp-micro": "WP-micro",
     "wp-adaptive": "WP-adaptive",
 }

@@ -78,19 +78,18 @@ def measure(benchmark: Benchmark, name: str, options: Any) -> dict[str, str | by
 
 def pictures(module: Any, title: str, results: dict[str, Any]) -> dict[str, bytes]:
     """What a module draws of its results, by file: `plot` draws title.png, and `plot_x` title-x.png."""
-    drawn = {f"{title}.png": module.plot(results)} if hasattr(module, "plot") else {}
-    return {
-        file: each
-        for file, each in (drawn | further(module, "plot", f"{title}.png", results)).items()
-        if each
-    }
+    plain = {f"{title}.png": module.plot(results)} if hasattr(module, "plot") else {}
+    return {file: picture for file, picture in plain.items() if picture} | further(
+        module, "plot", f"{title}.png", results
+    )
 
 
 def further(module: Any, kind: str, file: str, results: dict[str, Any]) -> dict[str, Any]:
-    """What the functions `kind_x` of a module make of its results, by file: title-x.md for title.md."""
+    """What the functions `kind_x` of a module make of its results, if anything: title-x.md for title.md."""
     title, _, suffix = file.rpartition(".")
     names = [name.removeprefix(f"{kind}_") for name in vars(module) if name.startswith(f"{kind}_")]
-    return {f"{title}-{x.replace('_', '-')}.{suffix}": getattr(module, f"{kind}_{x}")(results) for x in names}
+    made = {f"{title}-{x.replace('_', '-')}.{suffix}": getattr(module, f"{kind}_{x}")(results) for x in names}
+    return {name: content for name, content in made.items() if content}
 
 
 def environment() -> dict[str, Any]:

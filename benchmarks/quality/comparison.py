@@ -49,12 +49,14 @@ class Problem:
         task: The training.
         split: `split(seed)`.
         strengths: What is tried of the methods' strengths, where it is not what `METHODS` says.
+        measure: What else there is to measure of a trained network, in evaluation mode.
     """
 
     name: str
     task: Task
     split: Callable[[int], Split]
     strengths: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
+    measure: Callable[[nnx.Module], dict[str, float]] = lambda _: {}
 
     def sizes(self) -> dict[str, Any]:
         """What it is called, and how many examples each part of a split has, ready for JSON."""
@@ -145,8 +147,7 @@ def compare(problem: Problem, options: Options, journal: Journal, progress: Prog
         if options.gradients % method.gradients_per_step:
             wanted = f"a multiple of {method.gradients_per_step}, what {name} takes in a step"
             raise UserError(f"argument --gradients: expected {wanted}, got {options.gradients}")
-    tuned = sum(len(grid(method, options)) for method in methods.values()) * options.tuning_seeds
-    measured = sum(len(method.strengths) for method in methods.values()) * options.seeds
+    tuned, measured = numbers_of_trainings(methods, options)
     total = (tuned + measured) * options.gradients
     minutes = total * seconds_of_a_gradient(problem.task, next(iter(methods.values())), options) / 60
     progress.console.print(
@@ -157,7 +158,8 @@ def compare(problem: Problem, options: Options, journal: Journal, progress: Prog
         soft_wrap=True,
     )
     advance = functools.partial(progress.advance, progress.add_task(problem.name, total=total))
-    gauge = measuring.gauge(measuring.split_network(problem.task.model(0))[0])
+    task = problem.task
+    gauge = measuring.gauge(measuring.split_network(task.model(0))[0], task.loss, task.accuracy)
 
     def figures(
         name: str, knobs: Knobs, seed: int, train: Callable[..., dict[str, Any]], points: int = 1
@@ -199,6 +201,13 @@ def compare(problem: Problem, options: Options, journal: Journal, progress: Prog
         "tuning": tuning,
         "runs": runs,
     }
+
+
+def numbers_of_trainings(methods: Mapping[str, Method], options: Options) -> tuple[int, int]:
+    """How many trainings choose the knobs, and how many are measured."""
+    tuned = sum(len(grid(method, options)) for method in methods.values())
+    measured = sum(len(method.strengths) for method in methods.values())
+    return tuned * options.tuning_seeds, measured * options.seeds
 
 
 def seconds_of_a_gradient(task: Task, method: Method, options: Options) -> float:
@@ -271,7 +280,8 @@ def train_and_measure(
     figures = _figures(trained, gauge, split)
     if not math.isfinite(figures["validation_loss"]):
         return figures | {"curve": trained.curve}  # it diverged: there is no curvature
-    return figures | measure_end(gauge, trained.model, split, options) | {"curve": trained.curve}
+    figures |= measure_end(gauge, trained.model, split, options) | problem.measure(trained.model)
+    return figures | {"curve": trained.curve}
 
 
 def _figures(trained: Trained, gauge: Gauge, split: Split) -> dict[str, Any]:

@@ -19,6 +19,7 @@ NOISES = {
     "nso-relative": "a pair, in proportion to each weight",
     "nso-micro": "the same, anew in each of four microbatches",
     "wp-micro": "its one-sided form, one gradient in a step",
+    "wp-relative": "one-sided noise in proportion to each weight, one gradient in a step",
 }
 FAMILY = ("sam", "asam", "usam", "rsam")  # the rivals of the paper's claims
 HEADERS: tuple[str, ...] = (
@@ -116,7 +117,7 @@ def plot(results: dict[str, Any]) -> bytes:
         return plots.finish(figure)
     way = figure.add_subplot(grid[1, :])
     for name in filter(plots.FOLLOWED.__contains__, names):
-        runs = _runs(results, name)
+        runs = chosen_runs(results, name)
         x = [point["evaluations"] for point in runs[0]["curve"]]
         curves = [[point["trace"] for point in run["curve"]] for run in runs]
         plots.band(way, name, x, curves, log=True, spread=plots.interval)
@@ -132,7 +133,7 @@ def _row(name: str, results: dict[str, Any]) -> list[str]:
         name,
         f"{knobs['strength']:g}" if len(METHODS[name].strengths) > 1 else "",
         f"{knobs['rate']:g}",
-        *cells(_runs(results, name)),
+        *cells(chosen_runs(results, name)),
     ]
 
 
@@ -170,10 +171,10 @@ def _with_interval(values: np.ndarray) -> str:
 
 
 def _column(results: dict[str, Any], name: str, figure: str) -> list[float]:
-    return [run[figure] for run in _runs(results, name)]
+    return [run[figure] for run in chosen_runs(results, name)]
 
 
-def _runs(results: dict[str, Any], name: str) -> list[dict[str, Any]]:
+def chosen_runs(results: dict[str, Any], name: str) -> list[dict[str, Any]]:
     """Those of a method at the strength that was chosen."""
     strength = results["chosen"][name]["strength"]
     return [run for run in results["runs"] if run["method"] == name and run["strength"] == strength]

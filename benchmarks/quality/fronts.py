@@ -21,7 +21,7 @@ from benchmarks.training.methods import METHODS
 
 FIGURES = {"trace": "Hessian trace", "largest_eigenvalue": "largest eigenvalue"}
 POINTS = 2.0  # of accuracy below the best: what is further below counts for nothing in an area
-SHOWN = 6.0  # the same, in a picture
+SHOWN = 3.0  # the same, in a picture
 
 HEADERS: tuple[str, ...] = (
     "method",
@@ -138,7 +138,9 @@ def caption(results: dict[str, Any]) -> str:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The table and its caption."""
+    """The table and its caption, if some method was measured at several strengths."""
+    if not has_front(results):
+        return ""
     return f"{tables.grid([HEADERS, *rows(results)])}\n\n{caption(results)}\n"
 
 
@@ -179,9 +181,8 @@ def ahead(mine: Setting, theirs: Setting) -> str:
 
 def summary(results: dict[str, dict[str, Any]], titles: dict[str, str]) -> str:
     """The claims of all tasks in one table, by the names of their files."""
-    return tables.grid(
-        [SUMMARY_HEADERS, *(_summary_row(titles[name], results[name]) for name in titles)], (0, 1, 4)
-    )
+    lines = [_summary_row(title, results[name]) for name, title in titles.items()]
+    return tables.grid([SUMMARY_HEADERS, *lines], texts=(0, 1, 4)) + "\n"
 
 
 def plot(results: dict[str, Any]) -> bytes:
@@ -189,7 +190,7 @@ def plot(results: dict[str, Any]) -> bytes:
     if not has_front(results):
         return b""
     fronts = _fronts(results)
-    figure = Figure(figsize=(plots.WIDTH, 4.4), layout="constrained")
+    figure = Figure(figsize=(plots.WIDTH, 5.2), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for axes, (of, title) in zip(panels, FIGURES.items(), strict=True):
         for name, settings in fronts.items():
@@ -197,7 +198,7 @@ def plot(results: dict[str, Any]) -> bytes:
         axes.set(title=title, xlabel="log scale: left is flatter", xscale="log")
         plots.label_log_axis(axes.xaxis)
     best = max(100 * each.mean("test_accuracy") for settings in fronts.values() for each in settings)
-    panels[0].set(ylabel="test accuracy (%)", ylim=(best - SHOWN, best + SHOWN / 8))
+    panels[0].set(ylabel="test accuracy (%)", ylim=(best - SHOWN, best + SHOWN / 6))
     return plots.finish(figure, panels[0])
 
 
@@ -206,7 +207,9 @@ def _draw(axes: Axes, name: str, settings: list[Setting], figure: str) -> None:
     x = [each.mean(figure) for each in settings]
     y = [100 * each.mean("test_accuracy") for each in settings]
     colour, dashes = plots.style(name)
-    axes.plot(x, y, color=colour, linestyle=dashes, marker="o", markersize=3.5, label=plots.title(name))
+    axes.plot(
+        x, y, color=colour, linestyle=dashes, linewidth=1.2, marker="o", markersize=3, label=plots.title(name)
+    )
     picked = settings.index(by_one_standard_error(settings))
     errors = [
         [float(plots.interval(np.array(settings[picked].column(of)))) * scale]
@@ -222,8 +225,8 @@ def _draw(axes: Axes, name: str, settings: list[Setting], figure: str) -> None:
         marker="o",
         markersize=8,
         markerfacecolor="none",
-        linewidth=0.8,
-        alpha=0.8,
+        linewidth=0.6,
+        alpha=0.5,
     )
 
 

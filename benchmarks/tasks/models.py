@@ -288,6 +288,11 @@ def cross_entropy(
     return optax.softmax_cross_entropy(logits, optax.smooth_labels(labels, smoothing)).mean()
 
 
+def accuracy(model: Callable[[jax.Array | np.ndarray], jax.Array], examples: Examples) -> jax.Array:
+    """The share of the examples whose class has the largest logit."""
+    return jnp.mean(jnp.argmax(model(examples.inputs), axis=-1) == examples.labels)
+
+
 def pure_loss(model: nnx.Module) -> tuple[Callable[[nnx.State, Examples], jax.Array], nnx.State]:
     """The mean loss as a function of the weights, and the weights.
 

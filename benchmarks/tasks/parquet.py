@@ -1,4 +1,4 @@
-"""Images and texts of Parquet files, from a folder or from what fsspec opens."""
+"""Images, texts and captioned images of Parquet files, from a folder or from what fsspec opens."""
 
 import contextlib
 import fnmatch
@@ -17,6 +17,8 @@ from PIL import Image
 from benchmarks.kit.files import UserError
 from benchmarks.tasks.data import Examples
 
+_IMAGE = ("img", "image")  # what the column of images may be called
+
 
 class ImageSet(NamedTuple):
     """Images from files.
@@ -30,6 +32,18 @@ class ImageSet(NamedTuple):
     train: Examples
     test: Examples
     class_names: tuple[str, ...]
+
+
+class Captioned(NamedTuple):
+    """Images and what is said of each.
+
+    Attributes:
+        images: Of shape (n, height, width, channels), in 0 to 255.
+        captions: Equally many of each.
+    """
+
+    images: np.ndarray
+    captions: list[tuple[str, ...]]
 
 
 class TextSet(NamedTuple):
@@ -110,6 +124,32 @@ def load_text(
     )
 
 
+def load_captioned(source: Path | str) -> tuple[Captioned, Captioned]:
+    """Captioned images from the Parquet files of a source, those of the split train and those of test.
+
+    They have a column `img` (or `image`) as for `load_images`, and a column `captions` of lists of strings,
+    equally many in each row, or `caption` of strings.
+
+    Args:
+        source: Where the files are, as for `load_images`.
+
+    Returns:
+        Both parts, the images decoded.
+
+    Raises:
+        UserError: Something is missing or cannot be read: the folder, a split, a column, an image, a caption.
+    """
+    files = _files(source)
+    train, test = (_captioned(of) for of in (_of_split(files, "train"), _test_files(files)))
+    for what, one, other in (
+        ("images of shape", train.images.shape[1:], test.images.shape[1:]),
+        ("as many captions of an image as", len(train.captions[0]), len(test.captions[0])),
+    ):
+        if one != other:
+            raise UserError(f"{source}: train has {what} {one}, test {other}")
+    return train, test
+
+
 class _File(NamedTuple):
     """A Parquet file, and what to call it in a message."""
 
@@ -182,13 +222,35 @@ def _images(files: list[_File], number: int | None) -> Examples:
     """The first images of some files, decoded."""
     images: list[np.ndarray] = []
     labels: list[int] = []
-    for where, content, label in _labelled(files, ("img", "image"), number):
-        image = _decode(where, content)
-        if images and image.shape != images[0].shape:
-            raise UserError(f"{where}: expected an image of shape {images[0].shape}, got {image.shape}")
-        images.append(image)
+    for where, content, label in _labelled(files, _IMAGE, number):
+        images.append(_decode(where, content, images))
         labels.append(label)
-    return Examples(np.stack(images), np.array(labels, np.int32))
+    return Examples(np.stack(images).astype(np.float32) / 255, np.array(labels, np.int32))
+
+
+def _captioned(files: list[_File]) -> Captioned:
+    """The images of some files, decoded, with their captions."""
+    images: list[np.ndarray] = []
+    captions: list[tuple[str, ...]] = []
+    for file in files:
+        for where, content, told in _rows(file, _IMAGE, ("captions", "caption")):
+            images.append(_decode(where, content, images))
+            captions.append(_captions(where, told, captions))
+    if not images:
+        raise UserError(f"{files[0].name}: no rows")
+    return Captioned(np.stack(images), captions)
+
+
+def _captions(where: str, told: Any, before: list[tuple[str, ...]]) -> tuple[str, ...]:
+    """What a row says of its image, as often as the rows before it."""
+    captions = tuple(told) if isinstance(told, list) else (told,)
+    for caption in captions:
+        if not isinstance(caption, str) or not caption.strip():
+            raise UserError(f"{where}: expected a caption that is not empty, got {caption!r}")
+    number = len(before[0]) if before else max(1, len(captions))
+    if len(captions) != number:
+        raise UserError(f"{where}: expected {number} captions, got {len(captions)}")
+    return captions
 
 
 def _texts(files: list[_File], number: int | None) -> Examples:
@@ -209,7 +271,7 @@ def _labelled(
     files: list[_File], columns: tuple[str, ...], number: int | None
 ) -> Iterator[tuple[str, Any, int]]:
     """Of each of the first rows what to call it in a message, its content and its label."""
-    rows = itertools.chain.from_iterable(_rows(file, columns) for file in files)
+    rows = itertools.chain.from_iterable(_rows(file, columns, ("label",)) for file in files)
     empty = True
     for where, content, label in itertools.islice(rows, number):
         if not isinstance(label, int) or label not in range(2**31):
@@ -221,20 +283,20 @@ def _labelled(
         raise UserError(f"{files[0].name}: no rows")
 
 
-def _rows(file: _File, columns: tuple[str, ...]) -> Iterator[tuple[str, Any, Any]]:
-    """Of each row what to call it, the first of the columns that there is, and the label.
+def _rows(file: _File, *wanted: tuple[str, ...]) -> Iterator[tuple[Any, ...]]:
+    """Of each row what to call it, and what is in the columns that are wanted, each by one of some names.
 
     No more is read than asked for.
     """
     with file.read() as opened:
         names = opened.schema_arrow.names
-        column = next((name for name in columns if name in names), columns[0])
-        if missing := [name for name in (column, "label") if name not in names]:
+        columns = [next((name for name in known if name in names), known[0]) for known in wanted]
+        if missing := [name for name in columns if name not in names]:
             raise UserError(f"{file.name}: no column {' and '.join(missing)}, only {', '.join(names)}")
         number = itertools.count()
-        for batch in opened.iter_batches(batch_size=1000, columns=[column, "label"]):
+        for batch in opened.iter_batches(batch_size=1000, columns=columns):
             for row in batch.to_pylist():
-                yield f"{file.name}, row {next(number)}", row[column], row["label"]
+                yield f"{file.name}, row {next(number)}", *(row[name] for name in columns)
 
 
 def _class_names(file: _File) -> tuple[str, ...]:
@@ -246,8 +308,8 @@ def _class_names(file: _File) -> tuple[str, ...]:
     return tuple(features.get("label", {}).get("names", ()))
 
 
-def _decode(where: str, content: Any) -> np.ndarray:
-    """The image, of shape (height, width, channels)."""
+def _decode(where: str, content: Any, before: list[np.ndarray]) -> np.ndarray:
+    """The image, of shape (height, width, channels), which is that of the images before it."""
     if isinstance(content, dict):
         content = content.get("bytes")
     if not isinstance(content, bytes):
@@ -257,7 +319,10 @@ def _decode(where: str, content: Any) -> np.ndarray:
             pixels = np.asarray(image.convert("L" if image.mode in {"1", "L", "LA"} else "RGB"))
     except Exception as error:  # a decoder raises whatever it stumbles over
         raise UserError(f"{where}: cannot decode the image: {_first_line(error)}") from error
-    return pixels.reshape(*pixels.shape[:2], -1).astype(np.float32) / 255
+    pixels = pixels.reshape(*pixels.shape[:2], -1)
+    if before and pixels.shape != before[0].shape:
+        raise UserError(f"{where}: expected an image of shape {before[0].shape}, got {pixels.shape}")
+    return pixels
 
 
 def _first_line(error: Exception) -> str:

@@ -13,7 +13,7 @@ from flax import nnx
 
 from benchmarks.kit.journal import Journal
 from benchmarks.tasks.data import Examples
-from benchmarks.tasks.models import cross_entropy
+from benchmarks.tasks.models import accuracy, cross_entropy
 from benchmarks.training import methods
 from benchmarks.training.methods import Method
 
@@ -40,6 +40,7 @@ class Task:
         num_examples: How many there are to train on.
         optimizer: Of the methods that bring none of their own.
         loss: The mean loss of a model over a batch.
+        accuracy: The share of a batch that a model gets right.
     """
 
     model: Callable[[int], nnx.Module]
@@ -47,6 +48,7 @@ class Task:
     num_examples: int
     optimizer: methods.Optimizer = methods.sgd
     loss: methods.Loss = cross_entropy
+    accuracy: Callable[..., jax.Array] = accuracy
 
 
 @dataclasses.dataclass(frozen=True)

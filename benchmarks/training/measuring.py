@@ -9,12 +9,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from benchmarks.tasks.data import Examples, Split
-from benchmarks.tasks.models import cross_entropy
+from benchmarks.tasks.models import accuracy, cross_entropy
 from nso_jax import curvature, noise
 from nso_jax.curvature import CurvatureMatrix
 
@@ -57,21 +56,27 @@ def split_network(model: nnx.Module) -> tuple[nnx.GraphDef[Any], Network]:
     return graphdef, Network(params, rest)
 
 
-def gauge(graphdef: nnx.GraphDef[Any]) -> Gauge:
-    """Functions for all networks of one structure: whatever the method and seed, they are compiled once."""
+def gauge(
+    graphdef: nnx.GraphDef[Any],
+    loss: Callable[..., jax.Array] = cross_entropy,
+    accuracy: Callable[..., jax.Array] = accuracy,
+) -> Gauge:
+    """Functions for all networks of one structure: whatever the method and seed, they are compiled once.
 
-    @jax.jit
-    def loss(params: nnx.State, batch: Batch) -> jax.Array:
-        examples, rest = batch
-        return cross_entropy(nnx.merge(graphdef, params, rest), examples)
+    Args:
+        graphdef: The structure.
+        loss: `loss(model, examples)`, by default the mean cross-entropy of classes.
+        accuracy: `accuracy(model, examples)`, by default the share of the classes that are right.
+    """
 
-    @jax.jit
-    def accuracy(params: nnx.State, batch: Batch) -> jax.Array:
-        examples, rest = batch
-        logits = nnx.merge(graphdef, params, rest)(examples.inputs)
-        return jnp.mean(jnp.argmax(logits, axis=-1) == examples.labels)
+    def of_params(fun: Callable[..., jax.Array]) -> Callable[[nnx.State, Batch], jax.Array]:
+        def function(params: nnx.State, batch: Batch) -> jax.Array:
+            examples, rest = batch
+            return fun(nnx.merge(graphdef, params, rest), examples)
 
-    return Gauge(loss, accuracy)
+        return jax.jit(function)
+
+    return Gauge(of_params(loss), of_params(accuracy))
 
 
 def measure_point(gauge: Gauge, network: Network, split: Split, num_products: int) -> dict[str, float]:

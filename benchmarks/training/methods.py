@@ -39,6 +39,7 @@ Name = Literal[
     "nso",
     "nso-relative",
     "nso-micro",
+    "wp-relative",
     "wp-micro",
     "wp-adaptive",
     "seht",
@@ -398,6 +399,7 @@ METHODS: dict[str, Method] = {
     "nso": nso(),
     "nso-relative": nso(relative=True),
     "nso-micro": nso(relative=True, num_microbatches=4),
+    "wp-relative": nso(relative=True, antithetic=False),
     "wp-micro": nso(relative=True, num_microbatches=4, antithetic=False),
     "wp-adaptive": nso(relative=True, adapted=True, num_microbatches=4, antithetic=False),
     # Its gradient is as dear as two: see results/rivals.json.

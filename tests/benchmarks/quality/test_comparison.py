@@ -47,6 +47,13 @@ def test_rivals_and_noise_are_tuned_alike():
     assert {len(METHODS[name].strengths) for name in METHODS if name not in ("sgd", "adam")} == {5}
 
 
+def test_every_strength_is_trained_for_every_seed():
+    """Adam has as many settings to choose from as there are decays, and one to measure; SAM five of each."""
+    options = Options(rates=(0.1,), weight_decays=(0.0, 0.5, 1.0), seeds=4, tuning_seeds=2)
+    methods = {name: METHODS[name] for name in ("adam", "sam")}
+    assert comparison.numbers_of_trainings(methods, options) == (2 * (3 + 5), 4 * (1 + 5))
+
+
 def test_the_best_on_the_validation_examples_is_chosen_on_average_over_the_seeds():
     losses = {1: (0.1, 1.0), 2: (0.5, 0.4), 3: (0.3, 0.9)}
     tuning = [

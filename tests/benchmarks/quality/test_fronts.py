@@ -132,8 +132,8 @@ def test_tables_and_pictures_of_chosen_strengths_do_not_see_the_others():
         "runs": [run for run in whole["runs"] if run["strength"] in (0.0, 0.01) or run["strength"] == 1.0]
     }
     for name in ("sgd", "asam", "nso"):
-        assert comparison_table._runs(whole, name) == comparison_table._runs(alone, name)
-        assert summary._runs(whole, name) == comparison_table._runs(alone, name)
+        assert comparison_table.chosen_runs(whole, name) == comparison_table.chosen_runs(alone, name)
+        assert summary._runs(whole, name) == comparison_table.chosen_runs(alone, name)
 
 
 def test_the_picture_is_of_several_strengths():
