@@ -177,7 +177,7 @@ def _steps(  # noqa: PLR0917  # as jit wants them
     The learning rates of a seed see the same noise.
     """
     gradient = estimate(problem, method, num_draws, sigma)
-    rates = jnp.asarray(RATES, jnp.float32)[:, None]
+    rates = jnp.asarray(RATES, jnp.float32)[None, :, None]
 
     def of_seed(key: jax.Array, weights: jax.Array, i: jax.Array) -> jax.Array:
         noise_key, example_key = jax.random.split(jax.random.fold_in(key, i))
@@ -299,8 +299,8 @@ def caption(results: dict[str, Any]) -> str:
         f"{len(RATES)} rates from 1/{1 / RATES[-1]:,.0f}C to 1/C. C = D = 1; noise of deviation 1 in an "
         f"example's gradient, of {settings['sigmas'][0]:g} in a weight; momentum {settings['momentum']:g}. "
         "Ratio: one-sided noise's squared norm over that of pairs, a geometric mean over k and T, with a "
-        f"weight's noise of {sigmas}, at equal steps or at equal gradients, where one-sided noise takes twice "
-        f"the steps. On {machine['cpu_count']} CPU cores ({machine['device']})."
+        f"weight's noise of {sigmas}, at equal steps or at equal gradients, where one-sided noise takes "
+        f"twice the steps. On {machine['cpu_count']} CPU cores ({machine['device']})."
     )
 
 

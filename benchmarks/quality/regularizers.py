@@ -113,11 +113,11 @@ def caption(results: dict[str, Any]) -> str:
         f"{sizes['test']:,} examples to test on. Cost: a step's time over a plain one's, the median of "
         f"{costs.REPETITIONS} measured in turns. Every training may take as long as {settings['gradients']} "
         f"plain steps on {settings['batch_size']} examples each, by that cost, to the nearest one that makes "
-        "whole steps. Time: in the steps of a training. Strength, learning rate, and weight decay of plain SGD for "
-        f"all: of the least loss on {sizes['validation']:,} validation examples, a mean over "
-        f"{settings['tuning_seeds']} other seeds. Ahead: in points of accuracy, seed by seed. Trace: of the "
-        "Hessian of the loss over all training examples, unpenalized, at the end. SEHT-D keeps a weight with "
-        f"probability {regularizers.KEPT:g}. On {machine['cpu_count']} CPU cores ({machine['device']})."
+        "whole steps. Time: of those steps, as the machine was. Strength, learning rate, and plain SGD's "
+        f"weight decay for all: of the least loss on {sizes['validation']:,} validation examples, a mean "
+        f"over {settings['tuning_seeds']} other seeds. Ahead: in points of accuracy, seed by seed. Trace: of "
+        "the Hessian of the loss over all training examples, unpenalized, at the end. SEHT-D keeps a weight "
+        f"with probability {regularizers.KEPT:g}. On {machine['cpu_count']} CPU cores ({machine['device']})."
     )
 
 
