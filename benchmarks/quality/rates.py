@@ -315,6 +315,9 @@ def plot(results: dict[str, Any]) -> bytes:
     points = _points(results, "quadratic", "pairs")
     x, y = np.array(sorted((p["draws"] * p["steps"], bound(p["draws"], p["steps"])) for p in points)).T
     panels[0].plot(x, y, ":", color=plots.BLACK, linewidth=1.2, label="upper bound for pairs")
+    for panel in panels:
+        plots.label_log_axis(panel.xaxis)
+        plots.label_log_axis(panel.yaxis)
     panels[0].set_ylabel("squared gradient norm of F (log scale)")
     figure.suptitle("Worst curvature, best learning rate: 95 % intervals, fitted lines", fontsize="large")
     return plots.finish(figure, panels[0], columns=2)

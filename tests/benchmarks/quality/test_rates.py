@@ -142,10 +142,31 @@ def test_expected_advantages_are_roots_of_variances():
     assert rates.expected_advantage(1.0, "gradients") == pytest.approx(1.0)
 
 
-def test_the_published_gradients_are_within_the_bound():
+def exact(variance, k, steps, first):
+    """The minimax on the quadratic without momentum: sums of geometric series."""
+    q = 1 - np.outer(RATES, CURVATURES)
+
+    def series(count):
+        return (1 - q ** (2 * count)) / (1 - q**2)
+
+    geometric, number = series(steps) - series(first), steps - first
+    noise = RATES[:, None] ** 2 * variance / k * (number - geometric) / (1 - q**2)
+    squares = CURVATURES**2 * (geometric * PROBLEMS["quadratic"].start ** 2 + noise) / number
+    return squares.max(axis=1).min()
+
+
+@pytest.mark.parametrize("method", ["pairs", "one-sided"])
+@pytest.mark.parametrize("of", rates.AVERAGED)
+def test_the_published_gradients_are_those_of_the_closed_form(of, method):
+    """Up to what their seeds leave open, which raises a maximum over curvatures, and its slope is -1/2."""
     results = json.loads((RESULTS / "rates.json").read_text())
-    for point in rates._points(results, "quadratic", "pairs"):
-        assert point["all"]["low"] <= rates.bound(point["draws"], point["steps"])
+    sigma = results["settings"]["sigmas"][0]
+    variance = 1 + (method == "one-sided") * (CURVATURES * sigma) ** 2
+    points = rates._points(results, "quadratic", method)
+    expected = [exact(variance, p["draws"], p["steps"], p["steps"] // 2 * (of == "late")) for p in points]
+    np.testing.assert_allclose([p[of]["value"] for p in points], expected, rtol=0.05 if of == "all" else 0.2)
+    x = np.log([p["draws"] * p["steps"] for p in points])
+    assert rates.slope(x, np.log(expected)) == pytest.approx(-0.5, abs=0.005)
 
 
 def test_the_command_leaves_its_figures(measured):
