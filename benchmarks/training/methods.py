@@ -342,7 +342,7 @@ METHODS: dict[str, Method] = {
         (1e-4, 3e-4, 1e-3, 3e-3),
     ),
     "confidence": Method(regularizers.confidence, strengths=(0.03, 0.1, 0.3, 1.0)),
-    "jacobian": Method(regularizers.penalized(regularizers.jacobian), 2, (0.003, 0.01, 0.03, 0.1)),
+    "jacobian": Method(regularizers.penalized(regularizers.jacobian), 2.5, (0.003, 0.01, 0.03, 0.1)),
     "cutout": Method(regularizers.changed(regularizers.cutout), strengths=(0.2, 0.3, 0.4, 0.5)),
     "mixup": Method(regularizers.changed(regularizers.mixup), strengths=(0.1, 0.2, 0.4, 1.0)),
 }

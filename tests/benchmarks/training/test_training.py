@@ -64,7 +64,8 @@ def test_every_method_learns(name, task):
     assert [point["evaluations"] for point in trained.curve] == [30, 60, 90, 120]
 
 
-@pytest.mark.parametrize("name", METHODS)
+# But for mixup, which draws from a beta distribution in a loop whose length nobody knows before.
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "mixup"])
 def test_a_step_costs_the_gradients_that_are_counted(name):
     """In the compiled program's operations, with so large a batch that what is done per weight hardly counts."""
     examples = clusters(number=8192, width=64)
