@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 from rich.progress import Progress
 
-from benchmarks.kit import plots, tables
+from benchmarks.kit import plots
 from benchmarks.kit.journal import Journal
 from benchmarks.kit.options import Count
 from benchmarks.quality import comparison, comparison_table, images
@@ -25,7 +24,7 @@ HEADERS: tuple[str, ...] = (
     "method",
     "strength",
     "cost",
-    "time (s)",
+    "steps",
     "test accuracy (%)",
     "ahead of sgd",
     "Hessian trace",
@@ -113,23 +112,23 @@ def caption(results: dict[str, Any]) -> str:
         f"{sizes['test']:,} examples to test on. Cost: a step's time over a plain one's, the median of "
         f"{costs.REPETITIONS} measured in turns. Every training may take as long as {settings['gradients']} "
         f"plain steps on {settings['batch_size']} examples each, by that cost, to the nearest one that makes "
-        "whole steps. Time: of those steps, as the machine was. Strength, learning rate, and plain SGD's "
-        f"weight decay for all: of the least loss on {sizes['validation']:,} validation examples, a mean "
-        f"over {settings['tuning_seeds']} other seeds. Ahead: in points of accuracy, seed by seed. Trace: of "
-        "the Hessian of the loss over all training examples, unpenalized, at the end. SEHT-D keeps a weight "
-        f"with probability {regularizers.KEPT:g}. On {machine['cpu_count']} CPU cores ({machine['device']})."
+        "whole steps. Strength, learning rate, and plain SGD's weight decay for all: of the least loss on "
+        f"{sizes['validation']:,} validation examples, a mean over {settings['tuning_seeds']} other seeds. "
+        "Ahead: in points of accuracy, seed by seed. Trace: of the Hessian of the loss over all training "
+        f"examples, unpenalized, at the end. SEHT-D keeps a weight with probability {regularizers.KEPT:g}. "
+        f"On {machine['cpu_count']} CPU cores ({machine['device']})."
     )
 
 
 def _row(name: str, results: dict[str, Any]) -> list[str]:
-    strength = results["chosen"][name]["strength"]
+    knobs = results["chosen"][name]
     runs, plain = ([run for run in results["runs"] if run["method"] == of] for of in (name, PLAIN))
     accuracy, trace, _ = comparison_table.cells(runs)
     return [
         name,
-        f"{strength:g}" if strength else "",
+        f"{knobs['strength']:g}" if knobs["strength"] else "",
         f"{results['costs'][name]['median']:.2f}",
-        tables.number(statistics.mean(run["seconds"] for run in runs)),
+        f"{results['settings']['gradients'] / knobs['gradients_per_step']:.0f}",
         accuracy,
         "" if name == PLAIN else _ahead(runs, plain),
         trace,
