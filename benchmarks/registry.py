@@ -55,6 +55,10 @@ ROOMS = {
             "robustness": Study(
                 "benchmarks.quality.robustness", "accuracy under attack, after input penalties or NSO", 40
             ),
+            "rates": Study("benchmarks.quality.rates", "how fast gradients fall, beside theory", 5),
+            "regularizers": Study(
+                "benchmarks.quality.regularizers", "SEHT, its rivals and NSO, at equal time", 15
+            ),
             "precision": Study(
                 "benchmarks.quality.precision", "what 16-bit numbers do to small noise and to training", 1
             ),

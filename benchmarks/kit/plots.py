@@ -49,6 +49,8 @@ _OTHER = (GREY, ":")
 _NAMES = {
     "adam": "Adam",
     "label-smoothing": "label smoothing",
+    "confidence": "confidence penalty",
+    "jacobian": "Jacobian",
     "mrwp": "m-RWP",
     "marwp": "m-ARWP",
     "nso-relative": "NSO-relative",
@@ -57,7 +59,10 @@ _NAMES = {
     "wp-micro": "WP-micro",
     "wp-adaptive": "WP-adaptive",
 }
-_ACRONYMS = {"sgd", "swa", "sam", "usam", "asam", "rsam", "bsam", "ivon", "wp-sgd", "lpf-sgd", "nso", "seht"}
+_ACRONYMS = {
+    *("sgd", "swa", "sam", "usam", "asam", "rsam", "bsam", "ivon", "wp-sgd", "lpf-sgd", "nso"),
+    *("seht", "seht-d"),
+}
 _ORDER = {"-": 2.0, "--": 2.1, "-.": 2.2, ":": 2.3}  # a line with gaps lets the one below be seen
 # Those that are followed over a training, where space is short.
 FOLLOWED = ("sgd", "adam", "sam", "asam", "nso", "nso-relative", "nso-micro", "wp-micro")

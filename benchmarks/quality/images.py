@@ -81,11 +81,16 @@ def run(options: Options, progress: Progress) -> dict[str, Any]:
     Raises:
         UserError: The images cannot be read or are too few, or the network cannot be fine-tuned.
     """
-    if options.network == "mlp" and not options.scratch:
-        raise UserError("argument --network mlp: needs --scratch, for it has no head apart to be learnt anew")
+    check(options)
     journal = Journal(options.work, options.settings(), resume=options.resume)
     problem = make_problem(options, journal, progress)
     return comparison.compare(problem, options, journal, progress)
+
+
+def check(options: Options) -> None:
+    """Raises UserError if the network cannot be fine-tuned, and is to be."""
+    if options.network == "mlp" and not options.scratch:
+        raise UserError("argument --network mlp: needs --scratch, for it has no head apart to be learnt anew")
 
 
 def make_problem(options: Options, journal: Journal, progress: Progress) -> Problem:

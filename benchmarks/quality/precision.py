@@ -25,7 +25,8 @@ from benchmarks.tasks.data import Examples, Split
 from benchmarks.training import loop, measuring, methods
 from benchmarks.training.loop import Settings, Task
 from benchmarks.training.measuring import Gauge
-from benchmarks.training.methods import Loss, Method, Update
+from benchmarks.training.methods import Method
+from benchmarks.training.regularizers import Loss, Update
 
 NUM_TRAIN = 700
 BATCH_SIZE = 64

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -15,17 +15,16 @@ from flax import nnx
 from jax.tree_util import Partial
 from rich.progress import Progress
 
-from benchmarks.kit import timing
 from benchmarks.kit.files import UserError
 from benchmarks.kit.journal import Journal
 from benchmarks.kit.options import Count, Resumable, Share
-from benchmarks.kit.timing import Ratio
 from benchmarks.tasks import attacks, augmentation, data, parquet
 from benchmarks.tasks.data import Examples
 from benchmarks.tasks.models import StridedConvNet
-from benchmarks.training import loop, methods
+from benchmarks.training import costs, loop, methods, regularizers
 from benchmarks.training.loop import Settings, Task
-from benchmarks.training.methods import Loss, Method
+from benchmarks.training.methods import Method
+from benchmarks.training.regularizers import Loss
 from nso_jax import noise, penalties
 
 BATCH_SIZE = 50
@@ -33,7 +32,6 @@ LEARNING_RATE = 1e-3
 NUM_POINTS = 10  # of a training, where it can go on after a kill
 DIGITS_TRAIN = 600  # of the 797 that are not for the test
 LEAST_SHARE = 7  # of the rows of a small data set, one in so many is for validation
-COST_REPETITIONS = 15
 RIVALS = ("input-hessian", "input-gradient")  # that the claim is about
 PENALTIES = (*RIVALS, "hessian-trace")
 MethodName = Literal["input-gradient", "input-hessian", "nso", "hessian-trace"]
@@ -138,21 +136,9 @@ def step_costs(
     problem: Problem, methods: dict[str, Method], options: Options, progress: Progress
 ) -> dict[str, dict[str, float]]:
     """Of each method the time of a step over a plain one's, as measured here and now."""
-    batch, key = next(problem.task.batches(0, 0)), jax.random.key(0)
-
-    def call(method: Method) -> Callable[[], nnx.State]:
-        settings = _training_settings(method.strengths[0], 0, options)
-        steps = loop.compiled(problem.task, method, settings.gradients, settings.schedule)
-        start = loop.initial_state(problem.task, method, settings)
-        turns = (steps.step, *steps.between)
-        return lambda: functools.reduce(lambda state, step: step(state, key, batch), turns, start)
-
-    shown = progress.add_task(f"costs, {problem.name}", total=len(methods) * (1 + COST_REPETITIONS))
+    shown = progress.add_task(f"costs, {problem.name}", total=len(methods) * (1 + costs.REPETITIONS))
     advance = functools.partial(progress.advance, shown)
-    calls = {name: call(method) for name, method in methods.items()}
-    seconds = timing.interleaved(calls, COST_REPETITIONS, advance)
-    wanted = {name: Ratio(name, 1 + len(method.between), "plain") for name, method in methods.items()}
-    return timing.ratios(seconds, wanted)
+    return costs.measure(problem.task, methods, options.budget, "plain", advance)
 
 
 def _training_settings(strength: float, seed: int, options: Options) -> Settings:
@@ -256,9 +242,9 @@ def _input_hessian(loss: Loss, key: jax.Array, model: nnx.Module, batch: Example
 METHODS = {
     "plain": Method(methods.plain),
     "input-gradient": Method(
-        methods.penalized(_input_gradient), 2.5, (0.1, 0.3, 0.6, 1.0, 2.0, 3.0, 5.0, 8.0)
+        regularizers.penalized(_input_gradient), 2.5, (0.1, 0.3, 0.6, 1.0, 2.0, 3.0, 5.0, 8.0)
     ),
-    "input-hessian": Method(methods.penalized(_input_hessian), 4.75, (0.03, 0.1, 0.3, 1.0, 2.0, 4.0)),
+    "input-hessian": Method(regularizers.penalized(_input_hessian), 4.75, (0.03, 0.1, 0.3, 1.0, 2.0, 4.0)),
     # Signs, because at this batch size normal noise for all weights takes as long as a gradient.
     "nso": methods.nso(sampler=noise.rademacher, strengths=(0.04, 0.08, 0.1, 0.12, 0.16)),
     "hessian-trace": methods.METHODS["seht"]._replace(strengths=(1e-4, 1e-3, 3e-3, 1e-2)),

@@ -21,7 +21,7 @@ def unchanged(key: jax.Array, number: int, examples: Examples) -> Examples:
     return examples
 
 
-def cutout(key: jax.Array, examples: Examples, share: float = 0.5) -> Examples:
+def cutout(key: jax.Array, examples: Examples, share: float | jax.Array = 0.5) -> Examples:
     """A black square in each image, its centre anywhere, so that part of it may lie outside.
 
     Args:
@@ -38,7 +38,7 @@ def cutout(key: jax.Array, examples: Examples, share: float = 0.5) -> Examples:
     """
     images = jnp.asarray(examples.inputs)
     number, *sizes = images.shape[:3]
-    side = round(share * min(sizes))
+    side = jnp.round(share * min(sizes)).astype(int)
     inside = jnp.ones((number, 1, 1, 1), bool)
     for axis, (size, axis_key) in enumerate(zip(sizes, jax.random.split(key), strict=True), start=1):
         first = jax.random.randint(axis_key, (number, 1), 0, size) - side // 2
@@ -48,7 +48,7 @@ def cutout(key: jax.Array, examples: Examples, share: float = 0.5) -> Examples:
     return Examples(jnp.where(inside, jnp.zeros((), images.dtype), images), examples.labels)
 
 
-def mixup(key: jax.Array, examples: Examples, num_classes: int, alpha: float = 0.2) -> Examples:
+def mixup(key: jax.Array, examples: Examples, num_classes: int, alpha: float | jax.Array = 0.2) -> Examples:
     """Weighted means of pairs of images and of their labels: s x + (1 - s) x', s ~ Beta(alpha, alpha).
 
     Args:

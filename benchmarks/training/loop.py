@@ -16,6 +16,7 @@ from benchmarks.tasks.data import Examples
 from benchmarks.tasks.models import accuracy, cross_entropy
 from benchmarks.training import methods
 from benchmarks.training.methods import Method
+from benchmarks.training.regularizers import Loss, Update
 
 REFRESHING_BATCHES = 50  # for the batch statistics of averaged weights
 
@@ -47,7 +48,7 @@ class Task:
     batches: Callable[[int, int], Iterator[Examples]]
     num_examples: int
     optimizer: methods.Optimizer = methods.sgd
-    loss: methods.Loss = cross_entropy
+    loss: Loss = cross_entropy
     accuracy: Callable[..., jax.Array] = accuracy
 
 
@@ -170,7 +171,7 @@ def compiled(task: Task, method: Method, gradients: int, schedule: str) -> Steps
     graphdef = nnx.graphdef(_model_and_optimizer(task, method, settings))
 
     @functools.cache
-    def made(of: Callable[[methods.Loss], methods.Update]) -> Step:
+    def made(of: Callable[[Loss], Update]) -> Step:
         update = of(task.loss)
 
         @jax.jit

@@ -14,7 +14,9 @@ from flax import nnx
 
 import nso_jax.nnx
 from benchmarks.tasks.data import Examples
-from nso_jax import noise, penalties, sharpness
+from benchmarks.training import regularizers
+from benchmarks.training.regularizers import Loss, Update
+from nso_jax import noise, sharpness
 
 MOMENTUM = 0.9
 SWA_START = 0.5  # of the steps
@@ -59,12 +61,8 @@ COMPARED: tuple[Name, ...] = (
     "nso-micro",
     "wp-micro",
 )
-Loss = Callable[..., jax.Array]  # `loss(model, batch)`, and `smoothing=` where labels are to be smoothed
-
-# In place: `update(model, optimizer, key, strength, batch)`.
-Update = Callable[[nnx.Module, nnx.Optimizer, jax.Array, jax.Array, Examples], None]
-
-Penalty = Callable[[Loss, jax.Array, nnx.Module, Examples], jax.Array]  # `penalty(loss, key, model, batch)`
+# SEHT's second form and what its paper compares both with, on images; compared where they are asked for.
+Regularizer = Literal["confidence", "jacobian", "cutout", "mixup", "seht-d"]
 
 # `optimizer(learning_rate, weight_decay, strength, *, num_steps, num_examples, key)`, the first three traced.
 Optimizer = Callable[..., optax.GradientTransformation]
@@ -230,16 +228,6 @@ def plain(loss: Loss) -> Update:
     return update
 
 
-def _label_smoothing(loss: Loss) -> Update:
-    def update(
-        model: nnx.Module, optimizer: nnx.Optimizer, key: jax.Array, strength: jax.Array, batch: Examples
-    ) -> None:
-        del key
-        optimizer.update(model, nnx.grad(functools.partial(loss, smoothing=strength))(model, batch))
-
-    return update
-
-
 def _rival(method: Callable[..., Any]) -> Callable[[Loss], Update]:
     """A method of the family of SAM, whose strength is rho."""
 
@@ -300,24 +288,6 @@ def _damped(sigma: Any, optimizer: nnx.Optimizer) -> Any:
     return noise.adaptive(sigma, optax.tree.get(optimizer.opt_state, "squares"), ARWP_ETA)
 
 
-def penalized(penalty: Penalty) -> Callable[[Loss], Update]:
-    """The gradient of the loss and strength times a penalty."""
-
-    def of(loss: Loss) -> Update:
-        def update(
-            model: nnx.Module, optimizer: nnx.Optimizer, key: jax.Array, strength: jax.Array, batch: Examples
-        ) -> None:
-            def total(model: nnx.Module) -> jax.Array:
-                added = strength * penalty(loss, key, model, batch)  # first: the loss may move random streams
-                return loss(model, batch) + added
-
-            optimizer.update(model, nnx.grad(total)(model))
-
-        return update
-
-    return of
-
-
 def lazy(method: Method, every: int) -> Method:
     """A penalty in one step out of so many, as many times as strong, and plain steps in between."""
 
@@ -329,13 +299,6 @@ def lazy(method: Method, every: int) -> Method:
 
     cost = 1 + (method.gradients_per_step - 1) / every
     return method._replace(update=of, gradients_per_step=cost, between=(plain,) * (every - 1))
-
-
-def _hessian_trace(loss: Loss, key: jax.Array, model: nnx.Module, batch: Examples) -> jax.Array:
-    """SEHT's: an estimate of the trace of the loss's Hessian."""
-    graphdef, params, rest = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]  # flax types it so
-    of_params = lambda params: loss(nnx.merge(graphdef, params, rest, copy=True), batch)  # noqa: E731
-    return penalties.hessian_trace(key, of_params, params)
 
 
 @functools.cache  # so that what is compiled for a method serves all that are alike
@@ -384,7 +347,7 @@ FILTER_NOISE = (0.0025, 0.005, 0.01, 0.02, 0.04)
 METHODS: dict[str, Method] = {
     "sgd": Method(plain, optimizer=sgd),
     "adam": Method(plain, optimizer=adamw, rate=0.02),
-    "label-smoothing": Method(_label_smoothing, strengths=(0.025, 0.05, 0.1, 0.2, 0.4)),
+    "label-smoothing": Method(regularizers.label_smoothing, strengths=(0.025, 0.05, 0.1, 0.2, 0.4)),
     "swa": Method(plain, strengths=(0.05, 0.1, 0.25, 0.5, 1.0), optimizer=_swa),
     "sam": Method(_rival(sharpness.sam), 2, RHO),
     "usam": Method(_rival(sharpness.usam), 2, RHO),
@@ -403,5 +366,14 @@ METHODS: dict[str, Method] = {
     "wp-micro": nso(relative=True, num_microbatches=4, antithetic=False),
     "wp-adaptive": nso(relative=True, adapted=True, num_microbatches=4, antithetic=False),
     # Its gradient is as dear as two: see results/rivals.json.
-    "seht": Method(penalized(_hessian_trace), 3, (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)),
+    "seht": Method(regularizers.penalized(regularizers.hessian_trace()), 3, (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)),
+    "seht-d": Method(
+        regularizers.penalized(regularizers.hessian_trace(prob=regularizers.KEPT)),
+        3,
+        (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+    ),
+    "confidence": Method(regularizers.confidence, strengths=(0.01, 0.03, 0.1, 0.3, 1.0)),
+    "jacobian": Method(regularizers.penalized(regularizers.jacobian), 2.5, (0.001, 0.003, 0.01, 0.03, 0.1)),
+    "cutout": Method(regularizers.changed(regularizers.cutout), strengths=(0.1, 0.2, 0.3, 0.4, 0.5)),
+    "mixup": Method(regularizers.changed(regularizers.mixup), strengths=(0.05, 0.1, 0.2, 0.4, 1.0)),
 }

