@@ -24,7 +24,6 @@ from benchmarks.training.methods import METHODS, Method, Name
 from nso_jax import curvature
 
 TUNING_SEED = 100  # and those after it; they draw other examples than the seeds of the results
-CHUNK = 250  # examples evaluated at once
 
 
 class Split(NamedTuple):
@@ -44,12 +43,14 @@ class Problem:
         task: The training.
         split: `split(seed)`.
         strengths: What is tried of the methods' strengths, where it is not what `METHODS` says.
+        further: Figures of a trained model on a split that the task has beside loss and accuracy.
     """
 
     name: str
     task: Task
     split: Callable[[int], Split]
     strengths: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
+    further: Callable[[nnx.Module, Split], dict[str, float]] = lambda *_: {}
 
     def sizes(self) -> dict[str, Any]:
         """What it is called, and how many examples each part of a split has, ready for JSON."""
@@ -143,7 +144,9 @@ def compare(problem: Problem, options: Options, journal: Journal, progress: Prog
     number = sum(len(grid(method, options)) for method in methods.values()) * options.tuning_seeds
     total = (number + options.seeds * len(methods)) * options.gradients
     advance = functools.partial(progress.advance, progress.add_task(problem.name, total=total))
-    gauge = measuring.gauge(measuring.split_network(problem.task.model(0))[0])
+    task = problem.task
+    graphdef, _ = measuring.split_network(task.model(0))
+    gauge = measuring.gauge(graphdef, task.loss, task.accuracy, task.chunk)
 
     def figures(name: str, knobs: Knobs, seed: int, *, tuned: bool) -> dict[str, Any]:
         title = f"{name} {knobs.strength:g}, rate {knobs.rate:g}, decay {knobs.weight_decay:g}, seed {seed}"
@@ -239,8 +242,8 @@ def train_and_measure(
         return measure_point(gauge, model, split, options)
 
     trained = loop.train(problem.task, method, settings, measure=measure, **keywords)
-    figures = _figures(trained, gauge, split)
-    return figures | measure_end(gauge, trained.model, split, options) | {"curve": trained.curve}
+    figures = _figures(trained, gauge, split) | measure_end(gauge, trained.model, split, options)
+    return figures | problem.further(trained.model, split) | {"curve": trained.curve}
 
 
 def _figures(trained: Trained, gauge: Gauge, split: Split) -> dict[str, Any]:
@@ -265,7 +268,7 @@ def measure_end(gauge: Gauge, model: nnx.Module, split: Split, options: Options)
     """The figures at the end, with the largest eigenvalue of the training loss's Hessian."""
     products = {"num_products": options.final_products, "rtol": options.rtol}
     trace = _trace(gauge, model, split.train, options, **products)
-    params, batches = _batches(model, split.train)
+    params, batches = _batches(gauge, model, split.train)
     key, tol = jax.random.key(0), options.eigenvalue_tol
     pairs = curvature.eigenvalues(key, gauge.hessian(params, batches), k=1, tol=tol)
     return {
@@ -287,12 +290,12 @@ def _trace(
     gauge: Gauge, model: nnx.Module, examples: Examples, options: Options, **products: Any
 ) -> curvature.Estimate:
     # The same probes for all networks, so that differences between them are less noisy than each.
-    key, h = jax.random.key(0), gauge.hessian(*_batches(model, examples))
+    key, h = jax.random.key(0), gauge.hessian(*_batches(gauge, model, examples))
     return curvature.trace(key, h, method=options.trace_method, **products)
 
 
 def _evaluated(gauge: Gauge, model: nnx.Module, examples: Examples, part: str) -> dict[str, float]:
-    params, batches = _batches(model, examples)
+    params, batches = _batches(gauge, model, examples)
     sizes = [len(batch.labels) for batch, _ in batches]
 
     def mean(fun: Callable[..., jax.Array]) -> float:
@@ -301,11 +304,13 @@ def _evaluated(gauge: Gauge, model: nnx.Module, examples: Examples, part: str) -
     return {f"{part}_accuracy": mean(gauge.accuracy), f"{part}_loss": mean(gauge.loss)}
 
 
-def _batches(model: nnx.Module, examples: Examples) -> tuple[nnx.State, list[tuple[Examples, nnx.State]]]:
+def _batches(
+    gauge: Gauge, model: nnx.Module, examples: Examples
+) -> tuple[nnx.State, list[tuple[Examples, nnx.State]]]:
     """The weights, and the examples in parts, each with the rest of the model's state."""
     params, rest = measuring.split_network(model)[1]
-    starts = range(0, len(examples.labels), CHUNK)
-    return params, [(data.part(examples, first, first + CHUNK), rest) for first in starts]
+    starts = range(0, len(examples.labels), gauge.chunk)
+    return params, [(data.part(examples, first, first + gauge.chunk), rest) for first in starts]
 
 
 def tell(progress: Progress, title: str, figures: dict[str, Any]) -> None:

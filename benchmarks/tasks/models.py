@@ -14,6 +14,10 @@ from flax import nnx
 from benchmarks.tasks.data import Examples
 
 
+class Frozen(nnx.Variable):
+    """Weights that training leaves alone, and that no checkpoint keeps."""
+
+
 class ConvNet(nnx.Module):
     """Two convolutions with batch normalization and two dense layers with dropout, for images of 8x8."""
 
@@ -286,6 +290,14 @@ def cross_entropy(
     if labels.ndim == 1:
         labels = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
     return optax.softmax_cross_entropy(logits, optax.smooth_labels(labels, smoothing)).mean()
+
+
+def accuracy(
+    model: Callable[[jax.Array | np.ndarray], jax.Array],
+    examples: Examples,
+) -> jax.Array:
+    """The share of the examples whose label has the largest of the model's logits."""
+    return jnp.mean(jnp.argmax(model(examples.inputs), axis=-1) == examples.labels)
 
 
 def pure_loss(model: nnx.Module) -> tuple[Callable[[nnx.State, Examples], jax.Array], nnx.State]:

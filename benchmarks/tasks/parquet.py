@@ -17,6 +17,8 @@ from PIL import Image
 from benchmarks.kit.files import UserError
 from benchmarks.tasks.data import Examples
 
+Rows = list[tuple[str, tuple[str, ...]]]  # what to call each in a message, and its strings
+
 
 class ImageSet(NamedTuple):
     """Images from files.
@@ -110,6 +112,27 @@ def load_text(
     )
 
 
+def load_columns(source: Path | str, columns: tuple[str, ...]) -> tuple[Rows, Rows]:
+    """The strings of some columns of a source's splits train and test.
+
+    Args:
+        source: As for images.
+        columns: Those of each row.
+
+    Returns:
+        Of each row of the split train, and of the split test, what to call it in a message, and its strings.
+
+    Raises:
+        UserError: Something is missing or cannot be read: the folder, a split, a column, a string.
+    """
+    files = _files(source)
+    train, test = (
+        list(itertools.chain.from_iterable(_strings(file, columns) for file in part))
+        for part in (_of_split(files, "train"), _test_files(files))
+    )
+    return train, test
+
+
 class _File(NamedTuple):
     """A Parquet file, and what to call it in a message."""
 
@@ -176,6 +199,19 @@ def _test_files(files: list[_File]) -> list[_File]:
     if chosen := _of_split(files, "test"):
         return chosen
     raise UserError(f"no test*.parquet in {posixpath.dirname(files[0].name)}")
+
+
+def _strings(file: _File, columns: tuple[str, ...]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    with file.read() as opened:
+        names = opened.schema_arrow.names
+        if missing := [name for name in columns if name not in names]:
+            raise UserError(f"{file.name}: no column {' and '.join(missing)}, only {', '.join(names)}")
+        for number, row in enumerate(opened.read(columns=list(columns)).to_pylist()):
+            where = f"{file.name}, row {number}"
+            for name in columns:
+                if not isinstance(row[name], str):
+                    raise UserError(f"{where}: expected a string as {name}, got {type(row[name]).__name__}")
+            yield where, tuple(row[name] for name in columns)
 
 
 def _images(files: list[_File], number: int | None) -> Examples:
