@@ -42,6 +42,9 @@ ROOMS = {
             "demo": Study("benchmarks.quality.demo", "four methods on small digits, with wrong labels", 1),
             "images": Study("benchmarks.quality.images", "methods compared in fine-tuning on few images", 45),
             "text": Study("benchmarks.quality.text", "methods compared in fine-tuning on sentences", 40),
+            "reasoning": Study(
+                "benchmarks.quality.reasoning", "methods compared in teaching a language model to reason", 30
+            ),
             "ablate": Study("benchmarks.quality.ablate", "what each choice in weight noise is worth", 20),
             "variance": Study(
                 "benchmarks.quality.variance", "variance of the averaged gradient, at equal cost", 15, 8

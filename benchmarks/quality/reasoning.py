@@ -81,7 +81,7 @@ class Options(comparison.Options):
     seeds: Count = 3
     tuning_seeds: Count = 1
     points: Count = 1
-    point_products: Count = 1
+    point_products: Count = 2
     final_products: Count = 4
     trace_method: Literal["xtrace", "hutchinson"] = "hutchinson"
     eigenvalue_tol: float = 0.1

@@ -97,9 +97,8 @@ class _File:
         try:
             return gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
         except NotImplementedError as error:
-            raise UserError(
-                f"has the tensor {name} in {tensor.tensor_type.name}, which is unknown"
-            ) from error
+            kind = tensor.tensor_type.name
+            raise UserError(f"has the tensor {name} in {kind}, which gguf does not read") from error
 
     def others(self) -> list[str]:
         """The tensors that were not asked for."""

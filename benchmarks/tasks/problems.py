@@ -62,9 +62,7 @@ def _problem(where: str, texts: tuple[str, ...]) -> Problem:
     question, answer = texts
     reasoning, mark, result = re.sub(r"<<.*?>>", "", answer).rpartition(BEFORE_RESULT)
     if not mark or not result.strip():
-        raise UserError(
-            f"{where}: expected an answer that ends with a line '#### RESULT', got {answer[-40:]!r}"
-        )
+        raise UserError(f"{where}: expected an answer with the line '#### RESULT', got {answer[-40:]!r}")
     return Problem(question.strip(), reasoning.strip(), result.strip())
 
 
