@@ -67,7 +67,7 @@ class Options(comparison.Options):
 
     data: str
     model: Path | None = None
-    length: Count = 96
+    length: Count = 128
     rank: Count = 8
     train_problems: Count = 16
     validation_problems: Count = 16
@@ -76,7 +76,7 @@ class Options(comparison.Options):
     methods: tuple[Name, ...] = ("adam", "sam", "nso", "wp-micro")
     gradients: Count = 16
     batch_size: Count = 4
-    rates: tuple[float, ...] = (3e-3,)
+    rates: tuple[float, ...] = (1e-3,)
     weight_decays: tuple[float, ...] = (0.0,)
     seeds: Count = 3
     tuning_seeds: Count = 1
@@ -154,24 +154,25 @@ def _pool(options: Options, tokenizer: Any) -> Pool:
 
 def _further(
     task: Task, test: list[Encoded], options: Options, tokenizer: Any
-) -> Callable[[SmolLM, Split], dict[str, float]]:
+) -> Callable[[Any, Split], dict[str, float]]:
     """The loss of the results alone, and the share of the first problems that the model solves by itself."""
     results = problems.rows(test, options.length, result_only=True)
     asked = test[: options.solved_problems]
     gauge = measuring.gauge(measuring.split_network(task.model(0))[0], task.loss, task.accuracy)
 
-    def figures(model: SmolLM, split: Split) -> dict[str, float]:
+    def figures(model: Any, split: Split) -> dict[str, float]:
         del split
         params, rest = measuring.split_network(model)[1]
         parts = [data.part(results, first, first + CHUNK) for first in range(0, len(test), CHUNK)]
         losses = [gauge.loss(params, (part, rest)) for part in parts]
         end = tokenizer.token_to_id(problems.END)
-        said = smollm.greedy(model, [each.prompt for each in asked], options.length, end)
-        right = [problems.result_of(tokenizer.decode(each.reasoning + each.result)) for each in asked]
-        solved = [problems.result_of(tokenizer.decode(answer)) for answer in said]
+        tokens = smollm.greedy(model, [each.prompt for each in asked], options.length, end)
+        right = [tokenizer.decode(each.reasoning + each.result) for each in asked]
+        said = [tokenizer.decode(answer) for answer in tokens]
+        solved = [problems.is_same_result(*answers) for answers in zip(said, right, strict=True)]
         return {
             "test_result_loss": float(np.average(losses, weights=[len(part.labels) for part in parts])),
-            "test_solved": float(np.mean([a == b for a, b in zip(solved, right, strict=True)])),
+            "test_solved": float(np.mean(solved)),
         }
 
     return figures
@@ -203,7 +204,7 @@ def expected_seconds(problem: Problem, options: Options, gradient: float) -> flo
     points = options.points + 1
     seen = options.validation_problems + points * (options.train_problems + options.test_problems)
     seen += options.test_problems + options.solved_problems
-    examples = (tunings + trainings) * options.gradients * options.batch_size
+    examples = float((tunings + trainings) * options.gradients * options.batch_size)
     examples += FORWARD * 2 * (tunings * options.validation_problems + trainings * seen)
     examples += PRODUCT * trainings * products * options.train_problems
     return gradient * examples / options.batch_size

@@ -133,28 +133,28 @@ def _size(file: _File) -> Size:
 
 def _params(file: _File, size: Size) -> Params:
     d, kv = size.width, size.width // size.heads * size.kv_heads
-    shapes = {
-        "query": ("attn_q", d, d),
-        "key": ("attn_k", kv, d),
-        "value": ("attn_v", kv, d),
-        "output": ("attn_output", d, d),
-        "gate": ("ffn_gate", size.hidden, d),
-        "up": ("ffn_up", size.hidden, d),
-        "down": ("ffn_down", d, size.hidden),
-        "attention_norm": ("attn_norm", d),
-        "mlp_norm": ("ffn_norm", d),
+    parts = {
+        "query": ("attn_q", (d, d)),
+        "key": ("attn_k", (kv, d)),
+        "value": ("attn_v", (kv, d)),
+        "output": ("attn_output", (d, d)),
+        "gate": ("ffn_gate", (size.hidden, d)),
+        "up": ("ffn_up", (size.hidden, d)),
+        "down": ("ffn_down", (d, size.hidden)),
+        "attention_norm": ("attn_norm", (d,)),
+        "mlp_norm": ("ffn_norm", (d,)),
     }
     heads = {"query": size.heads, "key": size.kv_heads}
 
     def layer(number: int, name: str) -> np.ndarray:
-        stored, *shape = shapes[name]
+        stored, shape = parts[name]
         array = file.array(f"blk.{number}.{stored}.weight", *shape)
         return (_halved(array, heads[name]) if name in heads else array).T
 
     params = {
         "embedding": file.array("token_embd.weight", size.vocabulary, d),
         "norm": file.array("output_norm.weight", d),
-        "layers": {name: np.stack([layer(i, name) for i in range(size.layers)]) for name in shapes},
+        "layers": {name: np.stack([layer(i, name) for i in range(size.layers)]) for name in parts},
     }
     if others := file.others():
         raise UserError(f"has tensors that are unknown, the first of them {others[0]}")

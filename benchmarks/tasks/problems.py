@@ -111,6 +111,12 @@ def rows(problems: Sequence[Encoded], length: int, *, result_only: bool = False)
     return Examples(Rows(padded[:, :-1], weights[:, 1:].astype(np.float32)), padded[:, 1:])
 
 
+def is_same_result(answer: str, right: str) -> bool:
+    """Whether an answer has a result, and it is that of the right one."""
+    result = result_of(answer)
+    return result is not None and result == result_of(right)
+
+
 def result_of(text: str) -> str | None:
     """The result that an answer ends with, if it has one: without signs, spaces and commas in thousands."""
     _, mark, result = text.rpartition(BEFORE_RESULT.strip())

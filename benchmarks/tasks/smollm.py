@@ -67,7 +67,7 @@ class SmolLM(nnx.Module):
 
 
 def _adapters(layers: Params, rank: int, rngs: nnx.Rngs) -> dict[str, nnx.Param[jax.Array]]:
-    made = {}
+    made: dict[str, nnx.Param[jax.Array]] = {}
     for name in ADAPTED:
         number, inputs, outputs = layers[name].shape
         factor = jax.random.normal(rngs.params(), (number, inputs, rank)) / math.sqrt(inputs)

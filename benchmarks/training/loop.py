@@ -139,7 +139,7 @@ def train(
     key = jax.random.key(settings.seed)
     curve: list[dict[str, float]] = []
     done = 0
-    frozen, moving = nnx.split_state(state, Frozen, ...)  # type: ignore[misc]  # flax types it so
+    frozen, moving = nnx.split_state(state, Frozen, ...)
     if journal and (saved := journal.restore(moving)):
         done, moving, curve = saved
         state = nnx.merge_state(frozen, moving)

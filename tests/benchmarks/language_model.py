@@ -49,9 +49,7 @@ def tensors():
         shapes |= {f"blk.{i}.{name}": shape for name, shape in layer.items()}
     rng = np.random.default_rng(0)
     made = {f"{name}.weight": rng.normal(0, 0.3, shape).astype(np.float32) for name, shape in shapes.items()}
-    for name, array in made.items():
-        array += "norm" in name
-    return made
+    return {name: array + ("norm" in name) for name, array in made.items()}
 
 
 def write(path, metadata=METADATA, arrays=None, kind=gguf.GGMLQuantizationType.Q4_1):

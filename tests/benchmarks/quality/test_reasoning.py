@@ -182,6 +182,7 @@ def test_a_run_leaves_its_figures(source, measured_reasoning):
         assert run["test_solved"] in {0, 0.5, 1}
         assert run["test_result_loss"] > 0
     assert_shown(reasoning, results)
+    assert "that have at most 110 tokens" in reasoning.caption(results)
 
 
 @pytest.fixture(scope="module")

@@ -80,6 +80,12 @@ def test_results_are_found(text, result):
     assert problems.result_of(text) == result
 
 
+def test_no_result_is_not_the_right_one():
+    assert problems.is_same_result("#### 2,000", "1999+1=2000\n#### 2000")
+    assert not problems.is_same_result("#### 5", "#### 6")
+    assert not problems.is_same_result("it is 5", "#### no number")
+
+
 def test_a_column_that_is_missing_is_named(tmp_path):
     with pytest.raises(UserError, match=r"train.parquet: no column answer, only question, solution$"):
         problems.load(write(tmp_path, ROWS, ("question", "solution")))
