@@ -43,7 +43,7 @@ ROOMS = {
             "images": Study("benchmarks.quality.images", "methods compared in fine-tuning on few images", 45),
             "text": Study("benchmarks.quality.text", "methods compared in fine-tuning on sentences", 40),
             "reasoning": Study(
-                "benchmarks.quality.reasoning", "methods compared in teaching a language model to reason", 30
+                "benchmarks.quality.reasoning", "methods compared in LoRA training of a language model", 30
             ),
             "ablate": Study("benchmarks.quality.ablate", "what each choice in weight noise is worth", 20),
             "variance": Study(
