@@ -31,9 +31,9 @@ CHUNK = 4  # problems evaluated at once: the logits of one are 49,152 for each t
 # What a forward pass and a Hessian-vector product take, over a gradient, all of as many tokens.
 FORWARD, PRODUCT = 0.42, 2.0
 EIGENVALUE_PRODUCTS = 12  # about; as many as the tolerance needs
-# After eight steps of Adam, a training loss of 1.127 rises by 0.038, 0.124 and 0.472 where SAM looks, and by
-# 0.004 and 0.058 under noise of 0.01 and 0.03. Noise in proportion to weights moves it by less than 0.0003, up
-# to a ratio of 1: second factors are still small. It acts by what it does to their gradients.
+# After eight steps of Adam, a training loss of 1.127 is higher by 0.038, 0.124 and 0.472 where SAM looks, and
+# by 0.004 and 0.058 under noise of 0.01 and 0.03. Noise in proportion to weights moves it by less than 0.0003
+# up to a ratio of 1, for second factors are small yet; it acts by what it does to their gradients.
 STRENGTHS = {
     "sam": (0.1, 0.3, 1.0),
     "nso": (0.01, 0.03, 0.1),
