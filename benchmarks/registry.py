@@ -45,6 +45,9 @@ ROOMS = {
             "contrastive": Study(
                 "benchmarks.quality.contrastive", "methods compared on photographs and captions", 30
             ),
+            "reasoning": Study(
+                "benchmarks.quality.reasoning", "methods compared in LoRA training of a language model", 30
+            ),
             "ablate": Study("benchmarks.quality.ablate", "what each choice in weight noise is worth", 20),
             "variance": Study(
                 "benchmarks.quality.variance", "variance of the averaged gradient, at equal cost", 15, 8

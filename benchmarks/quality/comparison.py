@@ -1,6 +1,7 @@
 """Methods side by side on one task: tuned alike, trained from several seeds, and their curvature measured.
 
-Every strength of every method is trained and measured, with the learning rate that suits it: see `fronts`.
+Where a front is wanted every strength of every method is trained and measured, with the learning rate that
+suits it: see `fronts`.
 """
 
 import dataclasses
@@ -29,7 +30,6 @@ from benchmarks.training.methods import COMPARED, METHODS, Method, Name
 from nso_jax import curvature
 
 TUNING_SEED = 100  # and those after it; they draw other examples than the seeds of the results
-CHUNK = 250  # examples evaluated at once
 
 
 class Split(NamedTuple):
@@ -49,14 +49,14 @@ class Problem:
         task: The training.
         split: `split(seed)`.
         strengths: What is tried of the methods' strengths, where it is not what `METHODS` says.
-        measure: What else there is to measure of a trained network, in evaluation mode.
+        further: Figures of a trained model on a split that the task has beside loss and accuracy.
     """
 
     name: str
     task: Task
     split: Callable[[int], Split]
     strengths: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
-    measure: Callable[[nnx.Module], dict[str, float]] = lambda _: {}
+    further: Callable[[nnx.Module, Split], dict[str, float]] = lambda *_: {}
 
     def sizes(self) -> dict[str, Any]:
         """What it is called, and how many examples each part of a split has, ready for JSON."""
@@ -82,7 +82,8 @@ class Options(Resumable):
         batch_size: Examples in a batch.
         rates: Learning rates to try with each of a method's strengths.
         weight_decays: Weight decays to try where a method has no strength; plain SGD's or Adam's is for all.
-        seeds: Trainings of each method with each of its strengths for the results.
+        front: Measure every strength of a method, not only the chosen one.
+        seeds: Trainings of each method with a strength for the results.
         tuning_seeds: Trainings of each method with each strength and rate that is tried.
         points: How often to measure in a training of the chosen strength.
         point_products: Hessian-vector products for a trace on the way.
@@ -97,6 +98,7 @@ class Options(Resumable):
     batch_size: Count = 48
     rates: tuple[float, ...] = (0.05, 0.1)
     weight_decays: tuple[float, ...] = (1e-3, 5e-3, 2e-2)
+    front: bool = True
     seeds: Count = 5
     tuning_seeds: Count = 2
     points: Count = 8
@@ -159,7 +161,8 @@ def compare(problem: Problem, options: Options, journal: Journal, progress: Prog
     )
     advance = functools.partial(progress.advance, progress.add_task(problem.name, total=total))
     task = problem.task
-    gauge = measuring.gauge(measuring.split_network(task.model(0))[0], task.loss, task.accuracy)
+    graphdef, _ = measuring.split_network(task.model(0))
+    gauge = measuring.gauge(graphdef, task.loss, task.accuracy, task.chunk)
 
     def figures(
         name: str, knobs: Knobs, seed: int, train: Callable[..., dict[str, Any]], points: int = 1
@@ -184,7 +187,8 @@ def compare(problem: Problem, options: Options, journal: Journal, progress: Prog
         runs = [figures(name, knobs, seed, train_and_validate) for knobs, seed in settings]
         tuning += runs
         chosen[name] = choose(runs)
-        tried += [(name, choose([run for run in runs if run["strength"] == s])) for s in method.strengths]
+        strengths = method.strengths if options.front else (chosen[name].strength,)
+        tried += [(name, choose([run for run in runs if run["strength"] == s])) for s in strengths]
     runs = [
         figures(name, knobs, seed, train_and_measure, options.points if knobs == chosen[name] else 1)
         for (name, knobs), seed in itertools.product(tried, range(options.seeds))
@@ -206,7 +210,7 @@ def compare(problem: Problem, options: Options, journal: Journal, progress: Prog
 def numbers_of_trainings(methods: Mapping[str, Method], options: Options) -> tuple[int, int]:
     """How many trainings choose the knobs, and how many are measured."""
     tuned = sum(len(grid(method, options)) for method in methods.values())
-    measured = sum(len(method.strengths) for method in methods.values())
+    measured = sum(len(method.strengths) if options.front else 1 for method in methods.values())
     return tuned * options.tuning_seeds, measured * options.seeds
 
 
@@ -280,7 +284,7 @@ def train_and_measure(
     figures = _figures(trained, gauge, split)
     if not math.isfinite(figures["validation_loss"]):
         return figures | {"curve": trained.curve}  # it diverged: there is no curvature
-    figures |= measure_end(gauge, trained.model, split, options) | problem.measure(trained.model)
+    figures |= measure_end(gauge, trained.model, split, options) | problem.further(trained.model, split)
     return figures | {"curve": trained.curve}
 
 
@@ -306,7 +310,7 @@ def measure_end(gauge: Gauge, model: nnx.Module, split: Split, options: Options)
     """The figures at the end, with the largest eigenvalue of the training loss's Hessian."""
     products = {"num_products": options.final_products, "rtol": options.rtol}
     trace = _trace(gauge, model, split.train, options, **products)
-    params, batches = _batches(model, split.train)
+    params, batches = _batches(gauge, model, split.train)
     key, tol = jax.random.key(0), options.eigenvalue_tol
     pairs = curvature.eigenvalues(key, gauge.hessian(params, batches), k=1, tol=tol)
     return {
@@ -328,12 +332,12 @@ def _trace(
     gauge: Gauge, model: nnx.Module, examples: Examples, options: Options, **products: Any
 ) -> curvature.Estimate:
     # The same probes for all networks, so that differences between them are less noisy than each.
-    key, h = jax.random.key(0), gauge.hessian(*_batches(model, examples))
+    key, h = jax.random.key(0), gauge.hessian(*_batches(gauge, model, examples))
     return curvature.trace(key, h, method=options.trace_method, **products)
 
 
 def _evaluated(gauge: Gauge, model: nnx.Module, examples: Examples, part: str) -> dict[str, float]:
-    params, batches = _batches(model, examples)
+    params, batches = _batches(gauge, model, examples)
     sizes = [len(batch.labels) for batch, _ in batches]
 
     def mean(fun: Callable[..., jax.Array]) -> float:
@@ -342,11 +346,13 @@ def _evaluated(gauge: Gauge, model: nnx.Module, examples: Examples, part: str) -
     return {f"{part}_accuracy": mean(gauge.accuracy), f"{part}_loss": mean(gauge.loss)}
 
 
-def _batches(model: nnx.Module, examples: Examples) -> tuple[nnx.State, list[tuple[Examples, nnx.State]]]:
+def _batches(
+    gauge: Gauge, model: nnx.Module, examples: Examples
+) -> tuple[nnx.State, list[tuple[Examples, nnx.State]]]:
     """The weights, and the examples in parts, each with the rest of the model's state."""
     params, rest = measuring.split_network(model)[1]
-    starts = range(0, len(examples.labels), CHUNK)
-    return params, [(data.part(examples, first, first + CHUNK), rest) for first in starts]
+    starts = range(0, len(examples.labels), gauge.chunk)
+    return params, [(data.part(examples, first, first + gauge.chunk), rest) for first in starts]
 
 
 def tell(progress: Progress, title: str, figures: dict[str, Any]) -> None:

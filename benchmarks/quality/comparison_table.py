@@ -81,6 +81,9 @@ def claims(results: dict[str, Any]) -> str:
         return ""
     told = []
     for figure, what in (("trace", "Hessian trace"), ("largest_eigenvalue", "largest eigenvalue")):
+        if min(min(_column(results, name, figure)) for name in (*family, *ours)) <= 0:
+            told.append(f"- The {what} is not positive in every run, so that there are no ratios of it.")
+            continue
         rival = min(family, key=lambda name: statistics.mean(_column(results, name, figure)))
         theirs = _column(results, rival, figure)
         against = ", ".join(

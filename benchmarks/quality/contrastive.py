@@ -22,6 +22,7 @@ from benchmarks.quality import comparison, comparison_table, fronts
 from benchmarks.quality.comparison import Problem, Split
 from benchmarks.tasks import captions, clip, data, parquet
 from benchmarks.tasks.data import Examples
+from benchmarks.training import loop
 from benchmarks.training.loop import Task
 from benchmarks.training.methods import Method
 
@@ -83,6 +84,7 @@ class Options(comparison.Options):
     batch_size: Count = 64
     rates: tuple[float, ...] = (3e-4,)  # ten times that does not train at all
     weight_decays: tuple[float, ...] = (1e-2, 1e-1, 1.0)
+    front: bool = False
     seeds: Count = 3
     tuning_seeds: Count = 1
     points: Count = 1
@@ -172,14 +174,14 @@ def make_problem(options: Options) -> Problem:
     def batches(seed: int, first: int) -> Iterator[Examples]:
         return captions.batches(learnt, options.batch_size, seed, first)
 
-    def measure(model: Any) -> dict[str, float]:
+    def retrieval(model: Any, _: Split) -> dict[str, float]:
         figures = clip.retrieval(model, unseen.images, unseen.captions, DEPTHS)
         if classes and prompts:
             figures["zero_shot"] = clip.zero_shot(model, classes.examples, prompts)
         return figures
 
     task = Task(model, batches, count, adamw, clip.info_nce, clip.matched)
-    return WarmedUp(data.name(options.data), task, lambda _: split, STRENGTHS, measure)
+    return WarmedUp(data.name(options.data), task, lambda _: split, STRENGTHS, retrieval)
 
 
 def _classes(options: Options, shape: tuple[int, ...]) -> Classes:
@@ -265,7 +267,7 @@ def caption(results: dict[str, Any]) -> str:
         "seeds: of the first weights, the order, the captions and the noise. Strength, rate and decay: of "
         f"the least loss on {sizes['validation']} other pairs, over {settings['tuning_seeds']} other seeds. "
         f"Trace and eigenvalue: of the Hessian of the loss on {sizes['train']} of the pairs to train on, in "
-        f"batches of at most {comparison.CHUNK}, at the end. "
+        f"batches of at most {loop.CHUNK}, at the end. "
         f"{noise}On {machine['cpu_count']} CPU cores ({machine['device']})."
     )
 

@@ -53,6 +53,7 @@ class Options(comparison.Options):
     batch_size: Count = 16
     rates: tuple[float, ...] = (1e-4,)
     weight_decays: tuple[float, ...] = (0.0, 1e-2, 1e-1)
+    front: bool = False
     points: Count = 1
     point_products: Count = 4
     final_products: Count = 8

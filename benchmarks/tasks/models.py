@@ -14,6 +14,10 @@ from flax import nnx
 from benchmarks.tasks.data import Examples
 
 
+class Frozen(nnx.Variable):
+    """Weights that training leaves alone, and that no checkpoint keeps."""
+
+
 class ConvNet(nnx.Module):
     """Two convolutions with batch normalization and two dense layers with dropout, for images of 8x8."""
 

@@ -19,6 +19,8 @@ from benchmarks.tasks.data import Examples
 
 _IMAGE = ("img", "image")  # what the column of images may be called
 
+Rows = list[tuple[str, tuple[str, ...]]]  # what to call each in a message, and its strings
+
 
 class ImageSet(NamedTuple):
     """Images from files.
@@ -150,6 +152,27 @@ def load_captioned(source: Path | str) -> tuple[Captioned, Captioned]:
     return train, test
 
 
+def load_columns(source: Path | str, columns: tuple[str, ...]) -> tuple[Rows, Rows]:
+    """The strings of some columns of a source's splits train and test.
+
+    Args:
+        source: As for images.
+        columns: Those of each row.
+
+    Returns:
+        Of each row of the split train, and of the split test, what to call it in a message, and its strings.
+
+    Raises:
+        UserError: Something is missing or cannot be read: the folder, a split, a column, a string.
+    """
+    files = _files(source)
+    train, test = (
+        list(itertools.chain.from_iterable(_strings(file, columns) for file in part))
+        for part in (_of_split(files, "train"), _test_files(files))
+    )
+    return train, test
+
+
 class _File(NamedTuple):
     """A Parquet file, and what to call it in a message."""
 
@@ -216,6 +239,14 @@ def _test_files(files: list[_File]) -> list[_File]:
     if chosen := _of_split(files, "test"):
         return chosen
     raise UserError(f"no test*.parquet in {posixpath.dirname(files[0].name)}")
+
+
+def _strings(file: _File, columns: tuple[str, ...]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    for where, *texts in _rows(file, *((name,) for name in columns)):
+        for name, text in zip(columns, texts, strict=True):
+            if not isinstance(text, str):
+                raise UserError(f"{where}: expected a string as {name}, got {type(text).__name__}")
+        yield where, tuple(texts)
 
 
 def _images(files: list[_File], number: int | None) -> Examples:

@@ -13,12 +13,13 @@ from flax import nnx
 
 from benchmarks.kit.journal import Journal
 from benchmarks.tasks.data import Examples
-from benchmarks.tasks.models import accuracy, cross_entropy
+from benchmarks.tasks.models import Frozen, accuracy, cross_entropy
 from benchmarks.training import methods
 from benchmarks.training.methods import Method
 from benchmarks.training.regularizers import Loss, Update
 
 REFRESHING_BATCHES = 50  # for the batch statistics of averaged weights
+CHUNK = 250  # examples evaluated at once
 
 # How a method's strength changes over a training, as a function of the share that is done.
 SCHEDULES: dict[str, Callable[[Any], Any]] = {
@@ -42,6 +43,7 @@ class Task:
         optimizer: Of the methods that bring none of their own.
         loss: The mean loss of a model over a batch.
         accuracy: The share of a batch that a model gets right.
+        chunk: Examples that loss and accuracy are evaluated on at once.
     """
 
     model: Callable[[int], nnx.Module]
@@ -50,6 +52,7 @@ class Task:
     optimizer: methods.Optimizer = methods.sgd
     loss: Loss = cross_entropy
     accuracy: Callable[..., jax.Array] = accuracy
+    chunk: int = CHUNK
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,8 +140,10 @@ def train(
     key = jax.random.key(settings.seed)
     curve: list[dict[str, float]] = []
     done = 0
-    if journal and (saved := journal.restore(state)):
-        done, state, curve = saved
+    frozen, moving = nnx.split_state(state, Frozen, ...)
+    if journal and (saved := journal.restore(moving)):
+        done, moving, curve = saved
+        state = nnx.merge_state(frozen, moving)
         advance(done * method.gradients_per_step)
     batches, seconds = task.batches(settings.seed, done), 0.0
     for point in points(steps.num_steps, settings.num_points):
@@ -154,7 +159,7 @@ def train(
         figures = measure(evaluated(task, steps.graphdef, state, settings.seed))
         curve.append({"evaluations": done * method.gradients_per_step, **figures})
         if journal:
-            journal.save(done, state, curve[-1])
+            journal.save(done, nnx.filter_state(state, nnx.Not(Frozen)), curve[-1])
     return Trained(evaluated(task, steps.graphdef, state, settings.seed), curve, seconds)
 
 
@@ -169,24 +174,29 @@ def compiled(task: Task, method: Method, gradients: int, schedule: str) -> Steps
     settings = Settings(gradients, learning_rate=0.0)
     count = num_steps(method, gradients)
     graphdef = nnx.graphdef(_model_and_optimizer(task, method, settings))
+    state, batch = initial_state(task, method, settings), next(task.batches(0, 0))
+    is_part_frozen = bool(nnx.filter_state(state, Frozen))
 
     @functools.cache
     def made(of: Callable[[Loss], Update]) -> Step:
         update = of(task.loss)
 
         @jax.jit
-        def step(state: nnx.State, key: jax.Array, batch: Examples) -> nnx.State:
+        def moved(state: nnx.State, key: jax.Array, batch: Examples) -> nnx.State:
             model, optimizer = nnx.merge(graphdef, state)
             number = optimizer.step[...]
             strength = optimizer.opt_state.hyperparams["strength"][...] * SCHEDULES[schedule](number / count)
             update(model, optimizer, jax.random.fold_in(key, number), strength, batch)
-            return nnx.state((model, optimizer))
+            # What is frozen would be copied by the compiled program.
+            return nnx.state((model, optimizer), nnx.Not(Frozen))
 
-        return step
+        def step(state: nnx.State, key: jax.Array, batch: Examples) -> nnx.State:
+            return nnx.merge_state(state, moved(state, key, batch))
+
+        return step if is_part_frozen else moved
 
     steps = Steps(count, graphdef, made(method.update), tuple(map(made, method.between)))
     # Called here, so that no training's time has the compiler's in it.
-    state, batch = initial_state(task, method, settings), next(task.batches(0, 0))
     for number in range(1 + len(steps.between)):
         steps.at(number)(state, jax.random.key(0), batch)
     return steps

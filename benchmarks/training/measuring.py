@@ -12,8 +12,10 @@ import jax
 import numpy as np
 from flax import nnx
 
+from benchmarks.tasks import models
 from benchmarks.tasks.data import Examples, Split
-from benchmarks.tasks.models import accuracy, cross_entropy
+from benchmarks.training.loop import CHUNK
+from benchmarks.training.regularizers import Loss
 from nso_jax import curvature, noise
 from nso_jax.curvature import CurvatureMatrix
 
@@ -36,16 +38,24 @@ Batch = tuple[Examples, nnx.State]
 
 @dataclasses.dataclass
 class Gauge:
-    """Compiled functions of params and a batch, and the Hessian of the first one."""
+    """Compiled functions of params and a batch, and the Hessian of the first one.
+
+    Attributes:
+        loss: The mean loss over a batch.
+        accuracy: The share of a batch that is right.
+        chunk: How many examples to have in a batch.
+    """
 
     loss: Callable[[nnx.State, Batch], jax.Array]
     accuracy: Callable[[nnx.State, Batch], jax.Array]
+    chunk: int = CHUNK
     _first: CurvatureMatrix | None = None
 
     def hessian(self, params: nnx.State, batches: Batch | list[Batch]) -> CurvatureMatrix:
         """The Hessian of the mean loss, whose programs all networks and data share."""
         if self._first is None:
-            self._first = curvature.hessian(self.loss, params, batches)
+            number = lambda batch: len(batch[0].labels)  # noqa: E731  # the rest's leading axes count nothing
+            self._first = curvature.hessian(self.loss, params, batches, weight=number)
         return self._first.at(params).on(batches)
 
 
@@ -58,25 +68,27 @@ def split_network(model: nnx.Module) -> tuple[nnx.GraphDef[Any], Network]:
 
 def gauge(
     graphdef: nnx.GraphDef[Any],
-    loss: Callable[..., jax.Array] = cross_entropy,
-    accuracy: Callable[..., jax.Array] = accuracy,
+    loss: Loss = models.cross_entropy,
+    accuracy: Callable[..., jax.Array] = models.accuracy,
+    chunk: int = CHUNK,
 ) -> Gauge:
     """Functions for all networks of one structure: whatever the method and seed, they are compiled once.
 
     Args:
         graphdef: The structure.
-        loss: `loss(model, examples)`, by default the mean cross-entropy of classes.
-        accuracy: `accuracy(model, examples)`, by default the share of the classes that are right.
+        loss: `loss(model, examples)`, a mean over the examples.
+        accuracy: Like it, the share that is right.
+        chunk: How many examples to evaluate at once.
     """
 
     def of_params(fun: Callable[..., jax.Array]) -> Callable[[nnx.State, Batch], jax.Array]:
-        def function(params: nnx.State, batch: Batch) -> jax.Array:
+        def compiled(params: nnx.State, batch: Batch) -> jax.Array:
             examples, rest = batch
             return fun(nnx.merge(graphdef, params, rest), examples)
 
-        return jax.jit(function)
+        return jax.jit(compiled)
 
-    return Gauge(of_params(loss), of_params(accuracy))
+    return Gauge(of_params(loss), of_params(accuracy), chunk)
 
 
 def measure_point(gauge: Gauge, network: Network, split: Split, num_products: int) -> dict[str, float]:

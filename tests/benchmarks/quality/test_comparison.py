@@ -114,6 +114,14 @@ def test_what_is_higher_and_what_is_lower_is_said_in_words(traces, told):
     assert comparison_table.against_in_words(traces, (2.0, 2.0)) == told
 
 
+def test_of_traces_that_are_not_positive_there_are_no_ratios():
+    results = fabricated()
+    results["runs"][-1]["trace"] = -0.1
+    told = comparison_table.claims(results)
+    assert "The Hessian trace is not positive in every run" in told
+    assert "The largest eigenvalue, against that of asam" in told
+
+
 def test_gradients_that_make_no_whole_steps_are_refused(tmp_path, capsys):
     words = ["images", *TINY, "--gradients", "13", "--methods", "sam", "--work", str(tmp_path / "work")]
     assert cli.main([*words, "--out", str(tmp_path / "out")]) == 2

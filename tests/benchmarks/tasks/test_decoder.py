@@ -61,7 +61,8 @@ def test_a_token_is_predicted_from_those_before_it_alone(params, batch, place):
 
 def test_turned_queries_and_keys_know_their_distance_alone():
     query, key = jax.random.normal(jax.random.key(0), (2, 8))
-    turned = [decoder._rotated(jnp.broadcast_to(x, (1, LENGTH, 1, 8)))[0, :, 0] for x in (query, key)]
+    rows = [jnp.broadcast_to(x, (1, LENGTH, 1, 8)) for x in (query, key)]
+    turned = [decoder._rotated(x, jnp.arange(LENGTH), TINY)[0, :, 0] for x in rows]
     products = turned[0] @ turned[1].T
     for distance in range(LENGTH):
         np.testing.assert_allclose(jnp.diagonal(products, distance), products[0, distance], atol=1e-5)
