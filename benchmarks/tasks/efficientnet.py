@@ -25,6 +25,7 @@ STAGES = (
 STEM_WIDTH, LAST_WIDTH = 32, 1280
 EPSILON = 1e-3  # of batch normalization
 MEAN, SCALE = 127, 128  # of the pixels 0 to 255 in pretraining
+_DRAW = nnx.initializers.he_normal()
 
 
 class EfficientNet(nnx.Module):
@@ -39,7 +40,9 @@ class EfficientNet(nnx.Module):
     """
 
     def __init__(self, num_classes: int = 1000, *, rngs: nnx.Rngs) -> None:
-        self.stem = _convolution(3, STEM_WIDTH, rngs, side=3, stride=2)
+        self.stem = nnx.Conv(
+            3, STEM_WIDTH, kernel_size=(3, 3), strides=2, use_bias=False, kernel_init=_DRAW, rngs=rngs
+        )
         self.stem_norm = FrozenNorm(STEM_WIDTH, rngs)
         blocks: list[InvertedResidual] = []
         features = STEM_WIDTH
@@ -50,7 +53,7 @@ class EfficientNet(nnx.Module):
                 )
                 features = width
         self.blocks = nnx.List(blocks)
-        self.last = _convolution(features, LAST_WIDTH, rngs)
+        self.last = _pointwise(features, LAST_WIDTH, rngs)
         self.last_norm = FrozenNorm(LAST_WIDTH, rngs)
         self.head = nnx.Linear(LAST_WIDTH, num_classes, rngs=rngs)
 
@@ -76,11 +79,11 @@ class InvertedResidual(nnx.Module):
         self, features: int, inner: int, width: int, side: int, stride: int, rngs: nnx.Rngs
     ) -> None:
         self.residual = stride == 1 and features == width
-        self.expand = None if inner == features else _convolution(features, inner, rngs)
+        self.expand = None if inner == features else _pointwise(features, inner, rngs)
         self.expand_norm = None if inner == features else FrozenNorm(inner, rngs)
         self.depthwise = DepthwiseConv(inner, side, stride, rngs)
         self.depthwise_norm = FrozenNorm(inner, rngs)
-        self.project = _convolution(inner, width, rngs)
+        self.project = _pointwise(inner, width, rngs)
         self.project_norm = FrozenNorm(width, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -108,16 +111,15 @@ class DepthwiseConv(nnx.Module):
     """A convolution of each channel by a kernel of its own, of shape (side, side, 1, channels)."""
 
     def __init__(self, channels: int, side: int, stride: int, rngs: nnx.Rngs) -> None:
-        draw = nnx.initializers.he_normal()
-        self.kernel = nnx.Param(draw(rngs.params(), (side, side, 1, channels)))
+        self.kernel = nnx.Param(_DRAW(rngs.params(), (side, side, 1, channels)))
         self.stride = stride
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """The convolved x, of shape (n, height / stride, width / stride, channels), rounded up."""
-        return depthwise_convolution(x, self.kernel[...], self.stride)
+        return depthwise_pointwise(x, self.kernel[...], self.stride)
 
 
-def depthwise_convolution(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+def depthwise_pointwise(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     """Each channel convolved with its kernel, zeros around the image, the odd one behind it.
 
     Args:
@@ -142,15 +144,19 @@ def depthwise_convolution(x: jax.Array, kernel: jax.Array, stride: int) -> jax.A
 
 
 def _shifted_products(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """The sum over the kernel's places of the image, shifted and multiplied by what stands there."""
+    """The sum over the kernel's places of the image, shifted and multiplied by what stands there.
+
+    Along the height first: the gradient then takes half the time of one with all shifts in one sum.
+    """
     sides = kernel.shape[:2]
     pads = jax.lax.padtype_to_pads(x.shape[1:3], sides, (stride, stride), "SAME")
     padded = jnp.pad(x, ((0, 0), *pads, (0, 0)))
-    rows, columns = (-(-length // stride) for length in x.shape[1:3])
+    rows, columns = (stride * (-(-length // stride) - 1) + 1 for length in x.shape[1:3])
+    shifted = [padded[:, i : i + rows : stride] for i in range(sides[0])]
     total = jnp.zeros((), x.dtype)
-    for i, j in np.ndindex(*sides):
-        ends = i + stride * (rows - 1) + 1, j + stride * (columns - 1) + 1
-        total += padded[:, i : ends[0] : stride, j : ends[1] : stride] * kernel[i, j, 0]
+    for j in range(sides[1]):
+        column = sum(image * kernel[i, j, 0] for i, image in enumerate(shifted))
+        total += column[:, :, j : j + columns : stride]
     return total
 
 
@@ -176,9 +182,8 @@ def load(source: Path | str | None = None) -> dict[str, np.ndarray]:
 
 def _turned(array: np.ndarray) -> np.ndarray:
     """A weight with its outputs last: a file has them first."""
-    if array.ndim == 4:
-        return array.transpose(2, 3, 1, 0)
-    return array.T
+    turned = array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
+    return turned[0, 0] if turned.shape[:2] == (1, 1) else turned
 
 
 def _own_name(name: str) -> str:
@@ -213,13 +218,6 @@ _BLOCK = {
 _OF_NORM = {"weight": "scale", "running_mean": "mean", "running_var": "var"}
 
 
-def _convolution(features: int, width: int, rngs: nnx.Rngs, *, side: int = 1, stride: int = 1) -> nnx.Conv:
-    return nnx.Conv(
-        features,
-        width,
-        kernel_size=(side, side),
-        strides=stride,
-        use_bias=False,
-        kernel_init=nnx.initializers.he_normal(),
-        rngs=rngs,
-    )
+def _pointwise(features: int, width: int, rngs: nnx.Rngs) -> nnx.Linear:
+    """A 1x1 convolution: as a matrix product, which compiles faster."""
+    return nnx.Linear(features, width, use_bias=False, kernel_init=_DRAW, rngs=rngs)
