@@ -143,9 +143,26 @@ def fill(network: nnx.Module, arrays: dict[str, np.ndarray], but: str | None = N
     Raises:
         UserError: They are not those that it takes.
     """
+    check(network, arrays, but)
     state = nnx.state(network, _SAVED)
     own = {name: array for name, array in named(state).items() if name.partition(".")[0] == but}
-    expected = {name: _described(array) for name, array in named(state).items() if name not in own}
+    filled = jax.tree.map_with_path(lambda path, _: jnp.asarray((arrays | own)[_dotted(path)]), state)
+    nnx.update(network, filled)
+
+
+def check(network: nnx.Module, arrays: dict[str, np.ndarray], but: str | None = None) -> None:
+    """Whether a network, or the shapes of one, can take arrays as `fill` gives them.
+
+    Args:
+        network: The network.
+        arrays: By their dotted paths.
+        but: The attribute that they may lack.
+
+    Raises:
+        UserError: They are not those that it takes.
+    """
+    own = named(nnx.state(network, _SAVED))
+    expected = {name: _described(array) for name, array in own.items() if name.partition(".")[0] != but}
     given = {name: _described(array) for name, array in arrays.items() if name.partition(".")[0] != but}
     for name in sorted(expected.keys() | given.keys()):
         if expected.get(name) != given.get(name):
@@ -153,8 +170,6 @@ def fill(network: nnx.Module, arrays: dict[str, np.ndarray], but: str | None = N
                 f"does not fit the network: expected {expected.get(name, 'nothing')} for {name}, "
                 f"got {given.get(name, 'nothing')}"
             )
-    filled = jax.tree.map_with_path(lambda path, _: jnp.asarray((arrays | own)[_dotted(path)]), state)
-    nnx.update(network, filled)
 
 
 def installed(package: str, folder: str) -> Path:

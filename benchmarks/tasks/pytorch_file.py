@@ -3,7 +3,7 @@
 import collections
 import io
 import math
-import pickle  # noqa: S403  # see _Unpickler
+import pickle  # see _Unpickler
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -83,6 +83,10 @@ _Storages = Callable[[_Storage], np.ndarray]
 class _Unpickler(pickle.Unpickler):
     """Makes dictionaries, numbers, text and tensors, and calls nothing that a file could misuse."""
 
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        self.storages: dict[str, _Storage] = {}
+
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in STORAGES:
             return np.dtype(STORAGES[name])
@@ -98,7 +102,7 @@ class _Unpickler(pickle.Unpickler):
         kind, dtype, key, _, size, *view = pid
         if kind != "storage" or not isinstance(dtype, np.dtype) or any(view):
             raise UserError(f"holds a {kind} that is no storage of numbers")
-        return _Storage(key, dtype, size)
+        return self.storages.setdefault(key, _Storage(key, dtype, size))
 
     @staticmethod
     def _tensor(storage: _Storage, offset: int, shape: Any, strides: Any, *_: Any) -> _Tensor:
@@ -135,8 +139,7 @@ def _in_one_stream(content: bytes) -> tuple[Any, _Storages]:
         raise UserError("holds numbers whose first byte is the largest")
     unpickler = _Unpickler(file)
     state = unpickler.load()
-    storages = {each.storage.key: each.storage for each in state.values() if isinstance(each, _Tensor)}
-    found = dict(_read(file, _Unpickler(file).load(), storages))
+    found = dict(_read(file, _Unpickler(file).load(), unpickler.storages))
     return state, lambda storage: found[storage.key]
 
 
@@ -166,4 +169,4 @@ def _array(name: Any, item: Any, storages: _Storages) -> np.ndarray:
         raise UserError(f"has {len(numbers)} numbers for {name}, too few for its shape {item.shape}")
     bytes_apart = [step * numbers.itemsize for step in item.strides]
     view = np.lib.stride_tricks.as_strided(numbers[item.offset :], item.shape, bytes_apart, writeable=False)
-    return view.astype(item.storage.dtype)
+    return np.array(view, item.storage.dtype, order="C")
