@@ -1,7 +1,8 @@
 """What is published of the studies' results: files in benchmarks/results, tables in README.md and docs.
 
 A table stands where `<!-- images-digits-table -->` marks it, by the name of its results. `-figures-table` is
-that of all figures, where a study has a shorter one for readers too; `summary-table` is made of many results.
+that of all figures, where a study has a shorter one for readers too; `images-digits-front-table` is what the
+study's `markdown_front` makes; `summary-table` and `fronts-table` are made of many results.
 """
 
 import functools
@@ -74,9 +75,16 @@ def _markdown(name: str, results: Callable[[str], dict[str, Any]]) -> str:
         from benchmarks.quality import summary  # noqa: PLC0415
 
         return summary.markdown({task: results(task) for task in summary.TASKS})
-    of = name.removesuffix("-figures")
+    if name == "fronts":
+        from benchmarks.quality import fronts, summary  # noqa: PLC0415
+
+        titles = {task: row.task for task, row in summary.TASKS.items() if fronts.has_front(results(task))}
+        return fronts.summary({task: results(task) for task in titles}, titles)
+    of = name.removesuffix("-figures").removesuffix("-front")
     if of not in NAMES:
         raise UserError(f"<!-- {name}-table -->: expected one of {', '.join(NAMES)}")
     study = registry.module(of)
+    if name.endswith("-front"):
+        return str(study.markdown_front(results(of)))
     shorter = None if of != name else getattr(study, "markdown", None)
     return (shorter or functools.partial(tables.markdown, study))(results(of))

@@ -38,6 +38,7 @@ _STYLES = {
     "nso-relative": (BLUE, "--"),
     "nso-micro": (SKY, "-"),
     "wp-micro": (GREEN, "--"),
+    "wp-adaptive": (GREEN, "-"),
     "lpf-sgd": (GREEN, ":"),
     "mrwp": (PURPLE, ":"),
     "marwp": (PURPLE, "--"),
@@ -52,6 +53,7 @@ _NAMES = {
     "nso-relative": "NSO-relative",
     "nso-micro": "NSO-micro",
     "wp-micro": "WP-micro",
+    "wp-adaptive": "WP-adaptive",
 }
 _ACRONYMS = {"sgd", "swa", "sam", "usam", "asam", "rsam", "bsam", "ivon", "wp-sgd", "lpf-sgd", "nso", "seht"}
 _ORDER = {"-": 2.0, "--": 2.1, "-.": 2.2, ":": 2.3}  # a line with gaps lets the one below be seen
@@ -74,6 +76,11 @@ def interval(values: np.ndarray) -> np.ndarray:
 def colour(name: str) -> str:
     """That of a method."""
     return _STYLES.get(name, _OTHER)[0]
+
+
+def style(name: str) -> tuple[str, str]:
+    """A method's colour and its dashes."""
+    return _STYLES.get(name, _OTHER)
 
 
 def title(name: str) -> str:

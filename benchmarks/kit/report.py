@@ -71,14 +71,26 @@ def measure(benchmark: Benchmark, name: str, options: Any) -> dict[str, str | by
         f"{title}.json": text,
         f"{title}.md": tables.markdown(benchmark, results),
     }
-    return files | pictures(benchmark, title, results)
+    return (
+        files | further(benchmark, "markdown", f"{title}.md", results) | pictures(benchmark, title, results)
+    )
 
 
 def pictures(module: Any, title: str, results: dict[str, Any]) -> dict[str, bytes]:
     """What a module draws of its results, by file: `plot` draws title.png, and `plot_x` title-x.png."""
-    names = [name for name in vars(module) if name.partition("_")[0] == "plot"]
-    drawn = {f"{title}{name[4:].replace('_', '-')}.png": getattr(module, name)(results) for name in names}
-    return {file: picture for file, picture in drawn.items() if picture}
+    drawn = {f"{title}.png": module.plot(results)} if hasattr(module, "plot") else {}
+    return {
+        file: each
+        for file, each in (drawn | further(module, "plot", f"{title}.png", results)).items()
+        if each
+    }
+
+
+def further(module: Any, kind: str, file: str, results: dict[str, Any]) -> dict[str, Any]:
+    """What the functions `kind_x` of a module make of its results, by file: title-x.md for title.md."""
+    title, _, suffix = file.rpartition(".")
+    names = [name.removeprefix(f"{kind}_") for name in vars(module) if name.startswith(f"{kind}_")]
+    return {f"{title}-{x.replace('_', '-')}.{suffix}": getattr(module, f"{kind}_{x}")(results) for x in names}
 
 
 def environment() -> dict[str, Any]:

@@ -1,26 +1,31 @@
-"""Methods side by side on one task: tuned alike, trained from several seeds, and their curvature measured."""
+"""Methods side by side on one task: tuned alike, trained from several seeds, and their curvature measured.
+
+Every strength of every method is trained and measured, with the learning rate that suits it: see `fronts`.
+"""
 
 import dataclasses
 import functools
 import itertools
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
 from rich.progress import Progress
 
+from benchmarks.kit import timing
 from benchmarks.kit.files import UserError
 from benchmarks.kit.journal import Journal
-from benchmarks.kit.options import Count, Resumable
+from benchmarks.kit.options import Count, OwnCount, Resumable
 from benchmarks.tasks import data
 from benchmarks.tasks.data import Examples
 from benchmarks.training import loop, measuring
 from benchmarks.training.loop import Settings, Task, Trained
 from benchmarks.training.measuring import Gauge
-from benchmarks.training.methods import METHODS, Method, Name
+from benchmarks.training.methods import COMPARED, METHODS, Method, Name
 from nso_jax import curvature
 
 TUNING_SEED = 100  # and those after it; they draw other examples than the seeds of the results
@@ -75,17 +80,18 @@ class Options(Resumable):
         batch_size: Examples in a batch.
         rates: Learning rates to try with each of a method's strengths.
         weight_decays: Weight decays to try where a method has no strength; plain SGD's or Adam's is for all.
-        seeds: Trainings of each method for the results.
+        seeds: Trainings of each method with each of its strengths for the results.
         tuning_seeds: Trainings of each method with each strength and rate that is tried.
-        points: How often to measure in a training.
+        points: How often to measure in a training of the chosen strength.
         point_products: Hessian-vector products for a trace on the way.
         final_products: The most of them for a trace at the end.
         rtol: Its standard error, over the trace, that is small enough.
         trace_method: How it is estimated: see `nso_jax.curvature.trace`.
         eigenvalue_tol: The largest eigenvalue's residual, over it, that is small enough.
+        curvature_examples: Of those to train on, the ones whose loss has the Hessian; all by default.
     """
 
-    methods: tuple[Name, ...] = get_args(Name)
+    methods: tuple[Name, ...] = COMPARED
     gradients: Count = 480
     batch_size: Count = 48
     rates: tuple[float, ...] = (0.05, 0.1)
@@ -98,6 +104,7 @@ class Options(Resumable):
     rtol: float = 0.02
     trace_method: Literal["xtrace", "hutchinson"] = "xtrace"
     eigenvalue_tol: float = 1e-3
+    curvature_examples: OwnCount = None
 
     def settings(self) -> dict[str, Any]:
         """What somebody needs to know to go on with the run or to repeat it, ready for JSON."""
@@ -140,15 +147,25 @@ def compare(problem: Problem, options: Options, journal: Journal, progress: Prog
         if options.gradients % method.gradients_per_step:
             wanted = f"a multiple of {method.gradients_per_step}, what {name} takes in a step"
             raise UserError(f"argument --gradients: expected {wanted}, got {options.gradients}")
-    number = sum(len(grid(method, options)) for method in methods.values()) * options.tuning_seeds
-    total = (number + options.seeds * len(methods)) * options.gradients
+    tuned = sum(len(grid(method, options)) for method in methods.values()) * options.tuning_seeds
+    measured = sum(len(method.strengths) for method in methods.values()) * options.seeds
+    total = (tuned + measured) * options.gradients
+    minutes = total * seconds_of_a_gradient(problem.task, next(iter(methods.values())), options) / 60
+    progress.console.print(
+        f"{problem.name}: {tuned} trainings to choose by and {measured} to measure, of {options.gradients} "
+        f"gradients each: about {math.ceil(minutes)} minutes here in all, and what compiling and measuring "
+        "take. Stopped at any moment, it goes on by --resume.",
+        highlight=False,
+        soft_wrap=True,
+    )
     advance = functools.partial(progress.advance, progress.add_task(problem.name, total=total))
     gauge = measuring.gauge(measuring.split_network(problem.task.model(0))[0])
 
-    def figures(name: str, knobs: Knobs, seed: int, *, tuned: bool) -> dict[str, Any]:
+    def figures(
+        name: str, knobs: Knobs, seed: int, train: Callable[..., dict[str, Any]], points: int = 1
+    ) -> dict[str, Any]:
         title = f"{name} {knobs.strength:g}, rate {knobs.rate:g}, decay {knobs.weight_decay:g}, seed {seed}"
-        settings = knobs.settings(options.gradients, seed, options.points if tuned else 1)
-        train = train_and_measure if tuned else train_and_validate
+        settings = knobs.settings(options.gradients, seed, points)
         compute = functools.partial(
             train, problem, methods[name], settings, options, gauge=gauge, journal=journal, advance=advance
         )
@@ -159,16 +176,18 @@ def compare(problem: Problem, options: Options, journal: Journal, progress: Prog
 
     tuning: list[dict[str, Any]] = []
     chosen: dict[str, Knobs] = {}
+    tried: list[tuple[str, Knobs]] = []
     seeds = range(TUNING_SEED, TUNING_SEED + options.tuning_seeds)
     for name, method in methods.items():
         plain = next(iter(chosen.values()), None)
-        tried = itertools.product(grid(method, options, plain and plain.weight_decay), seeds)
-        runs = [figures(name, knobs, seed, tuned=False) for knobs, seed in tried]
+        settings = itertools.product(grid(method, options, plain and plain.weight_decay), seeds)
+        runs = [figures(name, knobs, seed, train_and_validate) for knobs, seed in settings]
         tuning += runs
         chosen[name] = choose(runs)
+        tried += [(name, choose([run for run in runs if run["strength"] == s])) for s in method.strengths]
     runs = [
-        figures(name, knobs, seed, tuned=True)
-        for (name, knobs), seed in itertools.product(chosen.items(), range(options.seeds))
+        figures(name, knobs, seed, train_and_measure, options.points if knobs == chosen[name] else 1)
+        for (name, knobs), seed in itertools.product(tried, range(options.seeds))
     ]
     assert len({run["evaluations"] for run in runs}) == 1, "methods differ in gradient evaluations"  # noqa: S101
     return {
@@ -182,6 +201,16 @@ def compare(problem: Problem, options: Options, journal: Journal, progress: Prog
         "tuning": tuning,
         "runs": runs,
     }
+
+
+def seconds_of_a_gradient(task: Task, method: Method, options: Options) -> float:
+    """Those that a step takes here, over its gradients; the median of a few steps, after compiling."""
+    steps = loop.compiled(task, method, options.gradients, "constant")
+    state = loop.initial_state(task, method, Settings(options.gradients, options.rates[0]))
+    key, batch = jax.random.key(0), next(task.batches(0, 0))
+    calls = {"step": lambda: steps.step(state, key, batch)}
+    taken = timing.interleaved(calls, 3, advance=lambda: None)["step"]
+    return statistics.median(taken) / method.gradients_per_step
 
 
 def grid(method: Method, options: Options, weight_decay: float | None = None) -> list[Knobs]:
@@ -206,7 +235,9 @@ def choose(tuning: list[dict[str, Any]]) -> Knobs:
     by_knobs: dict[Knobs, list[float]] = {}
     for run in tuning:
         by_knobs.setdefault(Knobs(*(run[name] for name in Knobs._fields)), []).append(run["validation_loss"])
-    return min(by_knobs, key=lambda knobs: statistics.mean(by_knobs[knobs]))
+    means = {knobs: statistics.mean(losses) for knobs, losses in by_knobs.items()}
+    # A training that diverged has no loss, and NaN is neither less nor more than a number.
+    return min(means, key=lambda knobs: means[knobs] if math.isfinite(means[knobs]) else math.inf)
 
 
 def train_and_validate(
@@ -232,14 +263,16 @@ def train_and_measure(
     gauge: Gauge,
     **keywords: Any,
 ) -> dict[str, Any]:
-    """Trains once, and measures all that is reported, on the way too."""
+    """Trains once, and measures all that is reported, on the way too if at more than one point."""
     split = problem.split(settings.seed)
 
     def measure(model: nnx.Module) -> dict[str, float]:
-        return measure_point(gauge, model, split, options)
+        return measure_point(gauge, model, split, options) if settings.num_points > 1 else {}
 
     trained = loop.train(problem.task, method, settings, measure=measure, **keywords)
     figures = _figures(trained, gauge, split)
+    if not math.isfinite(figures["validation_loss"]):
+        return figures | {"curve": trained.curve}  # it diverged: there is no curvature
     return figures | measure_end(gauge, trained.model, split, options) | {"curve": trained.curve}
 
 
@@ -253,7 +286,7 @@ def _figures(trained: Trained, gauge: Gauge, split: Split) -> dict[str, Any]:
 
 def measure_point(gauge: Gauge, model: nnx.Module, split: Split, options: Options) -> dict[str, float]:
     """The figures followed over training."""
-    trace = _trace(gauge, model, split.train, options, num_products=options.point_products)
+    trace = _trace(gauge, model, split, options, num_products=options.point_products)
     return {
         **_evaluated(gauge, model, split.train, "train"),
         **_evaluated(gauge, model, split.test, "test"),
@@ -264,8 +297,8 @@ def measure_point(gauge: Gauge, model: nnx.Module, split: Split, options: Option
 def measure_end(gauge: Gauge, model: nnx.Module, split: Split, options: Options) -> dict[str, float]:
     """The figures at the end, with the largest eigenvalue of the training loss's Hessian."""
     products = {"num_products": options.final_products, "rtol": options.rtol}
-    trace = _trace(gauge, model, split.train, options, **products)
-    params, batches = _batches(model, split.train)
+    trace = _trace(gauge, model, split, options, **products)
+    params, batches = _curved(model, split, options)
     key, tol = jax.random.key(0), options.eigenvalue_tol
     pairs = curvature.eigenvalues(key, gauge.hessian(params, batches), k=1, tol=tol)
     return {
@@ -284,11 +317,18 @@ def accuracy(model: nnx.Module, examples: Examples) -> float:
 
 
 def _trace(
-    gauge: Gauge, model: nnx.Module, examples: Examples, options: Options, **products: Any
+    gauge: Gauge, model: nnx.Module, split: Split, options: Options, **products: Any
 ) -> curvature.Estimate:
     # The same probes for all networks, so that differences between them are less noisy than each.
-    key, h = jax.random.key(0), gauge.hessian(*_batches(model, examples))
+    key, h = jax.random.key(0), gauge.hessian(*_curved(model, split, options))
     return curvature.trace(key, h, method=options.trace_method, **products)
+
+
+def _curved(
+    model: nnx.Module, split: Split, options: Options
+) -> tuple[nnx.State, list[tuple[Examples, nnx.State]]]:
+    """The weights, and the examples whose loss has the Hessian."""
+    return _batches(model, data.part(split.train, 0, options.curvature_examples))
 
 
 def _evaluated(gauge: Gauge, model: nnx.Module, examples: Examples, part: str) -> dict[str, float]:

@@ -3,6 +3,7 @@
 import collections
 import math
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -47,9 +48,16 @@ def caption(results: dict[str, Any]) -> str:
         f"evaluations on {settings['batch_size']} examples each{_steps(results)}. "
         f"Strength and rate: of the least loss on {sizes['validation']} validation examples, a mean over "
         f"{settings['tuning_seeds']} other seeds, of {fewest} to {most} pairs for a method. "
-        "Trace and eigenvalue: of the Hessian of the loss over all training examples, at the end. "
+        f"Trace and eigenvalue: of the Hessian of the loss over {_curved(settings)} training examples, "
+        "at the end. "
         f"{_named(results)}On {machine['cpu_count']} CPU cores ({machine['device']}).\n\n{claims(results)}"
     ).strip()
+
+
+def _curved(settings: dict[str, Any]) -> str:
+    """How many examples' loss has the Hessian that was measured."""
+    number = settings.get("curvature_examples")
+    return f"{number} of the" if number else "all"
 
 
 def _named(results: dict[str, Any]) -> str:
@@ -76,14 +84,21 @@ def claims(results: dict[str, Any]) -> str:
     told = []
     for figure, what in (("trace", "Hessian trace"), ("largest_eigenvalue", "largest eigenvalue")):
         rival = min(family, key=lambda name: statistics.mean(_column(results, name, figure)))
-        against = ", ".join(f"{name} {_against(results, name, rival, figure)}" for name in ours)
+        theirs = _column(results, rival, figure)
+        against = ", ".join(
+            f"{name} {against_in_words(_column(results, name, figure), theirs)}" for name in ours
+        )
         told.append(f"- The {what}, against that of {rival}, the lowest of SAM's family: {against}.")
     rival = max(family, key=lambda name: statistics.mean(_column(results, name, "test_accuracy")))
     others = [rival, next(iter(results["chosen"]))]
-    ahead = ", ".join(
-        f"{name} " + " and ".join(_ahead(results, name, other) for other in others) for name in ours
+    differences = ", ".join(
+        f"{name} "
+        + " and ".join(
+            ahead(*(_column(results, each, "test_accuracy") for each in (name, other))) for other in others
+        )
+        for name in ours
     )
-    told.append(f"- Points of accuracy ahead of {' and '.join(others)}, seed by seed: {ahead}.")
+    told.append(f"- Points of accuracy ahead of {' and '.join(others)}, seed by seed: {differences}.")
     return "\n".join(told)
 
 
@@ -135,10 +150,9 @@ def cells(runs: list[dict[str, Any]]) -> list[str]:
     return [_with_interval(values) for values in (100 * accuracy, *others)]
 
 
-def _against(results: dict[str, Any], name: str, rival: str, figure: str) -> str:
+def against_in_words(mine: Sequence[float], theirs: Sequence[float]) -> str:
     """By how many percent the geometric mean differs, and its 95 % interval, from each seed's ratio."""
-    mine, theirs = (np.log(_column(results, of, figure)) for of in (name, rival))
-    difference = mine - theirs
+    difference = np.log(mine) - np.log(theirs)
     mean, width = difference.mean(), plots.interval(difference)
     low, middle, high = (round(100 * math.expm1(mean + shift)) for shift in (-width, 0, width))
     ends = (low, high) if middle > 0 else (high, low)
@@ -152,9 +166,9 @@ def _word(percent: int) -> str:
     return f"{abs(percent)} % {'higher' if percent > 0 else 'lower'}" if percent else "the same"
 
 
-def _ahead(results: dict[str, Any], name: str, rival: str) -> str:
-    mine, theirs = (np.array(_column(results, of, "test_accuracy")) for of in (name, rival))
-    difference = 100 * (mine - theirs)
+def ahead(mine: Sequence[float], theirs: Sequence[float]) -> str:
+    """By how many points the mean accuracy is higher, and its 95 % interval, from each seed's difference."""
+    difference = 100 * (np.array(mine) - np.array(theirs))
     return f"{difference.mean():+.1f} ± {plots.interval(difference):.1f}"
 
 
@@ -167,4 +181,6 @@ def _column(results: dict[str, Any], name: str, figure: str) -> list[float]:
 
 
 def _runs(results: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    return [run for run in results["runs"] if run["method"] == name]
+    """Those of a method at the strength that was chosen."""
+    strength = results["chosen"][name]["strength"]
+    return [run for run in results["runs"] if run["method"] == name and run["strength"] == strength]

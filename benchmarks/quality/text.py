@@ -12,7 +12,7 @@ from rich.progress import Progress
 
 from benchmarks.kit.journal import Journal
 from benchmarks.kit.options import Count
-from benchmarks.quality import comparison, comparison_table
+from benchmarks.quality import comparison, comparison_table, fronts
 from benchmarks.quality.comparison import Problem, Split
 from benchmarks.tasks import bert, data, parquet, pretrained
 from benchmarks.tasks.data import Examples
@@ -20,15 +20,11 @@ from benchmarks.training.loop import Task
 from benchmarks.training.methods import Name, adamw
 
 # Smaller than for networks that are trained from scratch: the weights are good already.
-STRENGTHS = {
-    "sam": (0.01, 0.03, 0.1),
-    "asam": (0.03, 0.1, 0.3),
-    "nso": (0.001, 0.003, 0.01),
-    "nso-relative": (0.03, 0.1, 0.2),
-    "nso-micro": (0.03, 0.1, 0.2),
-    "wp-micro": (0.03, 0.1, 0.2),
-}
+STRENGTHS = dict.fromkeys(("sam", "usam", "rsam"), (0.01, 0.03, 0.1, 0.3))
+STRENGTHS |= {"asam": (0.03, 0.1, 0.3, 1.0), "nso": (0.001, 0.003, 0.01, 0.03)}
+STRENGTHS |= dict.fromkeys(("nso-relative", "nso-micro", "wp-micro", "wp-adaptive"), (0.03, 0.1, 0.2, 0.4))
 HEADERS, rows, plot = comparison_table.HEADERS, comparison_table.rows, comparison_table.plot
+plot_front, markdown_front = fronts.plot, fronts.markdown
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -21,8 +21,8 @@ class Examples(NamedTuple):
     """Inputs and what they are.
 
     Attributes:
-        inputs: Images, float32 of shape (n, height, width, channels) in 0 to 1, or bytes (`as_numbers`), or what
-            else a network takes: an array, or a pytree of arrays, with one row for each example.
+        inputs: Images, float32 of shape (n, height, width, channels) in 0 to 1, or bytes of 0 to 255, or
+            what else a network takes: an array, or a pytree of arrays, with one row for each example.
         labels: The numbers of their classes, int32 of shape (n,).
     """
 

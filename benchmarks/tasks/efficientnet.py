@@ -35,8 +35,8 @@ class EfficientNet(nnx.Module):
     small and few.
 
     References:
-        Tan and Le, EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks, arXiv 1905.11946,
-        2019; lite: without squeeze-and-excitation, and with ReLU6 instead of swish.
+        Tan and Le, EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks,
+        arXiv 1905.11946, 2019; lite: without squeeze-and-excitation, and with ReLU6 instead of swish.
     """
 
     def __init__(self, num_classes: int = 1000, *, rngs: nnx.Rngs) -> None:
@@ -46,11 +46,9 @@ class EfficientNet(nnx.Module):
         self.stem_norm = FrozenNorm(STEM_WIDTH, rngs)
         blocks: list[InvertedResidual] = []
         features = STEM_WIDTH
-        for number, side, stride, growth, width in STAGES:
-            for i in range(number):
-                blocks.append(
-                    InvertedResidual(features, growth * features, width, side, 1 if i else stride, rngs)
-                )
+        for number, side, first_stride, growth, width in STAGES:
+            for stride in (first_stride, *[1] * (number - 1)):
+                blocks.append(InvertedResidual(features, growth, width, side=side, stride=stride, rngs=rngs))
                 features = width
         self.blocks = nnx.List(blocks)
         self.last = _pointwise(features, LAST_WIDTH, rngs)
@@ -74,10 +72,13 @@ class EfficientNet(nnx.Module):
 class InvertedResidual(nnx.Module):
     """A wide depthwise convolution between two 1x1 convolutions, added to the input if of its shape."""
 
-    def __init__(self, features: int, inner: int, width: int, side: int, stride: int, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, features: int, growth: int, width: int, *, side: int, stride: int, rngs: nnx.Rngs
+    ) -> None:
+        inner = growth * features
         self.residual = stride == 1 and features == width
-        self.expand = None if inner == features else _pointwise(features, inner, rngs)
-        self.expand_norm = None if inner == features else FrozenNorm(inner, rngs)
+        self.expand = None if growth == 1 else _pointwise(features, inner, rngs)
+        self.expand_norm = None if growth == 1 else FrozenNorm(inner, rngs)
         self.depthwise = DepthwiseConv(inner, side, stride, rngs)
         self.depthwise_norm = FrozenNorm(inner, rngs)
         self.project = _pointwise(inner, width, rngs)

@@ -42,10 +42,7 @@ def load(path: Path) -> dict[str, np.ndarray]:
     content = read_file(path)
     try:
         zipped = zipfile.is_zipfile(io.BytesIO(content))
-        state, storages = (_zipped if zipped else _in_one_stream)(content)
-        if not isinstance(state, dict):
-            raise UserError(f"holds no dictionary of tensors but a {type(state).__name__}")
-        return {name: _array(name, item, storages) for name, item in state.items()}
+        return _arrays(*(_zipped if zipped else _in_one_stream)(content))
     except UserError as error:
         raise UserError(f"{path} {error}") from error
     except Exception as error:  # a pickle that is damaged raises whatever it stumbles over
@@ -158,6 +155,12 @@ def _read(
 
 def _little(storage: _Storage) -> np.dtype:
     return storage.dtype.newbyteorder("<")
+
+
+def _arrays(state: Any, storages: _Storages) -> dict[str, np.ndarray]:
+    if not isinstance(state, dict):
+        raise UserError(f"holds no dictionary of tensors but a {type(state).__name__}")
+    return {name: _array(name, item, storages) for name, item in state.items()}
 
 
 def _array(name: Any, item: Any, storages: _Storages) -> np.ndarray:

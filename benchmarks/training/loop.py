@@ -213,10 +213,12 @@ def evaluated(task: Task, graphdef: nnx.GraphDef[Any], state: nnx.State, seed: i
 def _model_and_optimizer(task: Task, method: Method, settings: Settings) -> tuple[nnx.Module, nnx.Optimizer]:
     model = task.model(settings.seed)
     model.train()
+    make = method.optimizer or task.optimizer
+    make = methods.with_squares(make) if method.keeps_squares else make
 
     @optax.inject_hyperparams  # type: ignore[untyped-decorator]
     def optimizer(learning_rate: Any, weight_decay: Any, strength: Any) -> optax.GradientTransformation:
-        return (method.optimizer or task.optimizer)(
+        return make(
             learning_rate,
             weight_decay,
             strength,

@@ -40,8 +40,24 @@ Name = Literal[
     "nso-relative",
     "nso-micro",
     "wp-micro",
+    "wp-adaptive",
     "seht",
 ]
+# What is compared unless somebody says otherwise: plain training, the family of SAM, and noise.
+COMPARED: tuple[Name, ...] = (
+    "sgd",
+    "sam",
+    "usam",
+    "asam",
+    "rsam",
+    "wp-sgd",
+    "lpf-sgd",
+    "mrwp",
+    "nso",
+    "nso-relative",
+    "nso-micro",
+    "wp-micro",
+)
 Loss = Callable[..., jax.Array]  # `loss(model, batch)`, and `smoothing=` where labels are to be smoothed
 
 # In place: `update(model, optimizer, key, strength, batch)`.
@@ -62,6 +78,7 @@ class Method(NamedTuple):
         strengths: What is tried of the one number that belongs to the method: SAM's rho, the noise's sigma.
         optimizer: Instead of the task's own.
         is_noise: Whether it is one of the ways to use weight noise.
+        keeps_squares: Whether the noise is damped by the gradients' squares, which the optimizer then keeps.
         rate: Learning rates are multiplied by it, where the optimizer needs other ones than the task's own.
         between: Like `update`, for the steps between two by it.
     """
@@ -71,6 +88,7 @@ class Method(NamedTuple):
     strengths: tuple[float, ...] = (0.0,)
     optimizer: Optimizer | None = None
     is_noise: bool = False
+    keeps_squares: bool = False
     rate: float = 1.0
     between: tuple[Callable[[Loss], Update], ...] = ()
 
@@ -149,21 +167,23 @@ class SquaresState(NamedTuple):
     inner: Any
 
 
-def _with_squares(
-    learning_rate: Any, weight_decay: Any, strength: Any, *, num_steps: int, **_: Any
-) -> optax.GradientTransformation:
-    """SGD that keeps what ARWP scales its noise by: F <- decay * F + g^2."""
-    optimizer = sgd(learning_rate, weight_decay, strength, num_steps=num_steps)
+def with_squares(make: Optimizer) -> Optimizer:
+    """An optimizer that keeps what ARWP damps its noise by too: F <- decay * F + g^2."""
 
-    def init(params: Any) -> SquaresState:
-        return SquaresState(optax.tree.zeros_like(params), optimizer.init(params))
+    def made(*knobs: Any, **options: Any) -> optax.GradientTransformation:
+        optimizer = make(*knobs, **options)
 
-    def update(updates: Any, state: SquaresState, params: Any) -> tuple[Any, SquaresState]:
-        squares = jax.tree.map(lambda f, g: ARWP_DECAY * f + g**2, state.squares, updates)
-        updates, inner = optimizer.update(updates, state.inner, params)
-        return updates, SquaresState(squares, inner)
+        def init(params: Any) -> SquaresState:
+            return SquaresState(optax.tree.zeros_like(params), optimizer.init(params))
 
-    return optax.GradientTransformation(init, update)
+        def update(updates: Any, state: SquaresState, params: Any) -> tuple[Any, SquaresState]:
+            squares = jax.tree.map(lambda f, g: ARWP_DECAY * f + g**2, state.squares, updates)
+            updates, inner = optimizer.update(updates, state.inner, params)
+            return updates, SquaresState(squares, inner)
+
+        return optax.GradientTransformation(init, update)
+
+    return made
 
 
 class AveragingState(NamedTuple):
@@ -265,15 +285,18 @@ def _mixed(*, adapted: bool) -> Callable[[Loss], Update]:
             model: nnx.Module, optimizer: nnx.Optimizer, key: jax.Array, strength: jax.Array, batch: Examples
         ) -> None:
             sigma: Any = noise.relative(strength, "filter")
-            if adapted:
-                squares = optax.tree.get(optimizer.opt_state, "squares")
-                sigma = noise.adaptive(sigma, squares, ARWP_ETA)
+            sigma = _damped(sigma, optimizer) if adapted else sigma
             value_and_grad = nso_jax.nnx.value_and_grad(loss, method=sharpness.mrwp, sigma=sigma)
             optimizer.update(model, value_and_grad(key, model, batch)[1])
 
         return update
 
     return of
+
+
+def _damped(sigma: Any, optimizer: nnx.Optimizer) -> Any:
+    """Noise that is smaller where gradients have been large, as ARWP has it."""
+    return noise.adaptive(sigma, optax.tree.get(optimizer.opt_state, "squares"), ARWP_ETA)
 
 
 def penalized(penalty: Penalty) -> Callable[[Loss], Update]:
@@ -319,6 +342,7 @@ def nso(
     *,
     relative: bool = False,
     per: noise.Per = "weight",
+    adapted: bool = False,
     num_microbatches: int = 1,
     strengths: tuple[float, ...] | None = None,
     **options: Any,
@@ -328,6 +352,7 @@ def nso(
     Args:
         relative: Whether noise is in proportion to the weights.
         per: To which of them.
+        adapted: Whether it is damped where gradients have been large.
         num_microbatches: Parts of a batch with fresh noise each.
         strengths: What is tried; there are defaults for both kinds of noise.
         **options: Further ones of `nso_jax.value_and_grad`: `num_samples`, `antithetic`, ...
@@ -338,6 +363,7 @@ def nso(
             model: nnx.Module, optimizer: nnx.Optimizer, key: jax.Array, strength: jax.Array, batch: Examples
         ) -> None:
             sigma = noise.relative(strength, per) if relative else strength
+            sigma = _damped(sigma, optimizer) if adapted else sigma
             value_and_grad = nso_jax.nnx.value_and_grad(loss, sigma=sigma, **options)
             if num_microbatches > 1:
                 value_and_grad = nso_jax.nnx.microbatch(value_and_grad, num_microbatches)
@@ -347,30 +373,33 @@ def nso(
 
     evaluations = (2 if options.get("antithetic", True) else 1) * options.get("num_samples", 1)
     clean = options.get("clean_weight", 0.0) > 0
-    tried = strengths or ((0.05, 0.1, 0.2, 0.4) if relative else (0.005, 0.01, 0.02, 0.04))
-    return Method(of, evaluations + clean, tried, is_noise=True)
+    tried = strengths or (RELATIVE if relative else (0.005, 0.01, 0.02, 0.04, 0.08))
+    return Method(of, evaluations + clean, tried, is_noise=True, keeps_squares=adapted)
 
 
-FILTER_NOISE = (0.0025, 0.005, 0.01, 0.02)
+RHO = (0.05, 0.1, 0.2, 0.4, 0.8)
+RELATIVE = (0.05, 0.1, 0.2, 0.4, 0.8)
+FILTER_NOISE = (0.0025, 0.005, 0.01, 0.02, 0.04)
 METHODS: dict[str, Method] = {
     "sgd": Method(plain, optimizer=sgd),
     "adam": Method(plain, optimizer=adamw, rate=0.02),
-    "label-smoothing": Method(_label_smoothing, strengths=(0.05, 0.1, 0.2, 0.4)),
-    "swa": Method(plain, strengths=(0.1, 0.25, 0.5, 1.0), optimizer=_swa),
-    "sam": Method(_rival(sharpness.sam), 2, (0.05, 0.1, 0.2, 0.4)),
-    "usam": Method(_rival(sharpness.usam), 2, (0.05, 0.1, 0.2, 0.4)),
-    "asam": Method(_rival(sharpness.asam), 2, (0.25, 0.5, 1.0, 2.0)),
-    "rsam": Method(_rival(_rsam), 2, (0.05, 0.1, 0.2, 0.4)),
-    "bsam": Method(_bayesian, 2, (0.01, 0.03, 0.1, 0.3), _bsam, rate=10.0),
-    "ivon": Method(_bayesian, 1, (1.0, 3.0, 10.0, 30.0), _ivon),
+    "label-smoothing": Method(_label_smoothing, strengths=(0.025, 0.05, 0.1, 0.2, 0.4)),
+    "swa": Method(plain, strengths=(0.05, 0.1, 0.25, 0.5, 1.0), optimizer=_swa),
+    "sam": Method(_rival(sharpness.sam), 2, RHO),
+    "usam": Method(_rival(sharpness.usam), 2, RHO),
+    "asam": Method(_rival(sharpness.asam), 2, (0.25, 0.5, 1.0, 2.0, 4.0)),
+    "rsam": Method(_rival(_rsam), 2, RHO),
+    "bsam": Method(_bayesian, 2, (0.01, 0.03, 0.1, 0.3, 1.0), _bsam, rate=10.0),
+    "ivon": Method(_bayesian, 1, (1.0, 3.0, 10.0, 30.0, 100.0), _ivon),
     "wp-sgd": nso(antithetic=False),
     "lpf-sgd": nso(relative=True, per="filter", num_microbatches=4, antithetic=False, strengths=FILTER_NOISE),
     "mrwp": Method(_mixed(adapted=False), strengths=FILTER_NOISE, is_noise=True),
-    "marwp": Method(_mixed(adapted=True), strengths=FILTER_NOISE, optimizer=_with_squares, is_noise=True),
+    "marwp": Method(_mixed(adapted=True), strengths=FILTER_NOISE, is_noise=True, keeps_squares=True),
     "nso": nso(),
     "nso-relative": nso(relative=True),
     "nso-micro": nso(relative=True, num_microbatches=4),
     "wp-micro": nso(relative=True, num_microbatches=4, antithetic=False),
+    "wp-adaptive": nso(relative=True, adapted=True, num_microbatches=4, antithetic=False),
     # Its gradient is as dear as two: see results/rivals.json.
-    "seht": Method(penalized(_hessian_trace), 3, (1e-4, 3e-4, 1e-3, 3e-3)),
+    "seht": Method(penalized(_hessian_trace), 3, (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)),
 }

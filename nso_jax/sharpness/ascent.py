@@ -227,7 +227,10 @@ def rsam(
       25.0 [6.6 8.8]
 
     References:
-      Liu, Mai, Cheng, Chen, Hsieh and You, Random Sharpness-Aware Minimization, NeurIPS, 2022.
+      Liu, Mai, Cheng, Chen, Hsieh and You, Random Sharpness-Aware Minimization, NeurIPS, 2022. The formula
+      is ours, after what its abstract says (one step of ascent on randomly smoothed weights): noise and
+      gradient are scaled to rho together, so that the distance is that of SAM. There are implementations
+      that leave W + U where it is and take all of SAM's step from there.
     """
     check_scalar("gradient_weight", gradient_weight)
     check_sampler(sampler)
