@@ -24,7 +24,7 @@ from benchmarks.quality import comparison, comparison_table, fronts
 from benchmarks.quality.comparison import Problem, Split
 from benchmarks.tasks import augmentation, checkpoints, data, efficientnet, models, parquet
 from benchmarks.tasks.data import Examples
-from benchmarks.training import loop
+from benchmarks.training import loop, methods
 from benchmarks.training.loop import Task
 from benchmarks.training.methods import METHODS
 
@@ -42,9 +42,9 @@ DIGITS_TRAIN = 797  # of 1,797: those that are not for the test
 
 LITE0 = "efficientnet-lite0"
 LITE0_STRENGTHS: dict[str, tuple[float, ...]] = {}
-STRENGTHS = {"mlp": MLP_STRENGTHS, LITE0: LITE0_STRENGTHS}
+STRENGTHS: dict[str, dict[str, tuple[float, ...]]] = {"mlp": MLP_STRENGTHS, LITE0: LITE0_STRENGTHS}
 LITE0_DEFAULTS: dict[str, Any] = {
-    "methods": ("sgd", "sam", "asam", "nso", "nso-relative", "wp-micro"),
+    "methods": ("adam", "sam", "asam", "nso", "nso-relative", "wp-micro"),
     "per_class": 5,
     "validation_images": 400,
     "gradients": 240,
@@ -156,7 +156,8 @@ def make_problem(options: Options, journal: Journal, progress: Progress) -> Prob
         drawn = data.batches(split(seed).train, options.batch_size, seed, first)
         return augmentation.batches(augment, key, drawn, first)
 
-    task = Task(model, batches, options.per_class * pool.num_classes)
+    optimizer = methods.adamw if options.network == LITE0 else methods.sgd
+    task = Task(model, batches, options.per_class * pool.num_classes, optimizer)
     return Problem(name, task, split, STRENGTHS.get(options.network, {}))
 
 

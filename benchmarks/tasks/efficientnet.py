@@ -53,7 +53,8 @@ class EfficientNet(nnx.Module):
         self.blocks = nnx.List(blocks)
         self.last = _pointwise(features, LAST_WIDTH, rngs)
         self.last_norm = FrozenNorm(LAST_WIDTH, rngs)
-        self.head = nnx.Linear(LAST_WIDTH, num_classes, rngs=rngs)
+        # Small, so that the first steps of fine-tuning do not follow what is random.
+        self.head = nnx.Linear(LAST_WIDTH, num_classes, kernel_init=nnx.initializers.normal(0.01), rngs=rngs)
 
     def __call__(self, images: jax.Array | np.ndarray) -> jax.Array:
         """The logits, of shape (n, num_classes).
@@ -114,10 +115,10 @@ class DepthwiseConv(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """The convolved x, of shape (n, height / stride, width / stride, channels), rounded up."""
-        return depthwise_pointwise(x, self.kernel[...], self.stride)
+        return depthwise_convolution(x, self.kernel[...], self.stride)
 
 
-def depthwise_pointwise(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+def depthwise_convolution(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     """Each channel convolved with its kernel, zeros around the image, the odd one behind it.
 
     Args:
@@ -153,8 +154,8 @@ def _shifted_products(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array
     shifted = [padded[:, i : i + rows : stride] for i in range(sides[0])]
     total = jnp.zeros((), x.dtype)
     for j in range(sides[1]):
-        column = sum(image * kernel[i, j, 0] for i, image in enumerate(shifted))
-        total += column[:, :, j : j + columns : stride]
+        products = [image * kernel[i, j, 0] for i, image in enumerate(shifted)]
+        total += functools.reduce(jnp.add, products)[:, :, j : j + columns : stride]
     return total
 
 

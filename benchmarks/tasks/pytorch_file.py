@@ -2,7 +2,6 @@
 
 import collections
 import io
-import math
 import pickle  # see _Unpickler
 import zipfile
 from collections.abc import Callable, Iterator
@@ -168,7 +167,7 @@ def _array(name: Any, item: Any, storages: _Storages) -> np.ndarray:
         raise UserError(f"has under {name!r} no tensor but a {type(item).__name__}")
     numbers, sizes = storages(item.storage), (*item.shape, *item.strides, item.offset)
     last = item.offset + sum((length - 1) * step for length, step in zip(*item[2:], strict=True))
-    if min(sizes) < 0 or (math.prod(item.shape) and last >= len(numbers)):
+    if min(sizes) < 0 or (0 not in item.shape and last >= len(numbers)):
         raise UserError(f"has {len(numbers)} numbers for {name}, too few for its shape {item.shape}")
     bytes_apart = [step * numbers.itemsize for step in item.strides]
     view = np.lib.stride_tricks.as_strided(numbers[item.offset :], item.shape, bytes_apart, writeable=False)
