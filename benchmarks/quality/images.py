@@ -24,7 +24,7 @@ from benchmarks.quality import comparison, comparison_table, fronts
 from benchmarks.quality.comparison import Problem, Split
 from benchmarks.tasks import augmentation, checkpoints, data, efficientnet, models, parquet
 from benchmarks.tasks.data import Examples
-from benchmarks.training import loop, methods
+from benchmarks.training import loop
 from benchmarks.training.loop import Task
 from benchmarks.training.methods import METHODS
 
@@ -44,7 +44,7 @@ LITE0 = "efficientnet-lite0"
 LITE0_STRENGTHS: dict[str, tuple[float, ...]] = {}
 STRENGTHS: dict[str, dict[str, tuple[float, ...]]] = {"mlp": MLP_STRENGTHS, LITE0: LITE0_STRENGTHS}
 LITE0_DEFAULTS: dict[str, Any] = {
-    "methods": ("adam", "sam", "asam", "nso", "nso-relative", "wp-micro"),
+    "methods": ("sgd", "sam", "asam", "nso", "nso-relative", "wp-micro"),
     "per_class": 5,
     "validation_images": 400,
     "gradients": 240,
@@ -156,8 +156,7 @@ def make_problem(options: Options, journal: Journal, progress: Progress) -> Prob
         drawn = data.batches(split(seed).train, options.batch_size, seed, first)
         return augmentation.batches(augment, key, drawn, first)
 
-    optimizer = methods.adamw if options.network == LITE0 else methods.sgd
-    task = Task(model, batches, options.per_class * pool.num_classes, optimizer)
+    task = Task(model, batches, options.per_class * pool.num_classes)
     return Problem(name, task, split, STRENGTHS.get(options.network, {}))
 
 
