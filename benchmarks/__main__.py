@@ -78,7 +78,11 @@ def _run(name: str, prog: str, words: Sequence[str]) -> None:
         first, minutes = study.Options.__doc__.partition("\n")[0], STUDIES[name].minutes
         duration = f"{minutes} minutes" if minutes > 1 else "a minute"
         description = f"{first} Takes about {duration} on two CPU cores."
-        _measure(name, study, tyro.cli(study.Options, prog=prog, args=words, description=description))
+        parse = functools.partial(tyro.cli, study.Options, prog=prog, description=description)
+        if hasattr(study, "defaults"):
+            first = parse(args=[word for word in words if word not in {"-h", "--help"}])
+            parse = functools.partial(parse, default=study.defaults(first))
+        _measure(name, study, parse(args=words))
     except ImportError as error:
         raise _missing_package(error) from error
 

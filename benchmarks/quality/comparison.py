@@ -20,7 +20,7 @@ from rich.progress import Progress
 from benchmarks.kit import timing
 from benchmarks.kit.files import UserError
 from benchmarks.kit.journal import Journal
-from benchmarks.kit.options import Count, Resumable
+from benchmarks.kit.options import Count, OwnCount, Resumable
 from benchmarks.tasks import data
 from benchmarks.tasks.data import Examples
 from benchmarks.training import loop, measuring
@@ -91,6 +91,7 @@ class Options(Resumable):
         rtol: Its standard error, over the trace, that is small enough.
         trace_method: How it is estimated: see `nso_jax.curvature.trace`.
         eigenvalue_tol: The largest eigenvalue's residual, over it, that is small enough.
+        curvature_examples: Of those to train on, the ones whose loss has the Hessian; all by default.
     """
 
     methods: tuple[Name, ...] = COMPARED
@@ -107,6 +108,7 @@ class Options(Resumable):
     rtol: float = 0.02
     trace_method: Literal["xtrace", "hutchinson"] = "xtrace"
     eigenvalue_tol: float = 1e-3
+    curvature_examples: OwnCount = None
 
     def settings(self) -> dict[str, Any]:
         """What somebody needs to know to go on with the run or to repeat it, ready for JSON."""
@@ -298,7 +300,7 @@ def _figures(trained: Trained, gauge: Gauge, split: Split) -> dict[str, Any]:
 
 def measure_point(gauge: Gauge, model: nnx.Module, split: Split, options: Options) -> dict[str, float]:
     """The figures followed over training."""
-    trace = _trace(gauge, model, split.train, options, num_products=options.point_products)
+    trace = _trace(gauge, model, split, options, num_products=options.point_products)
     return {
         **_evaluated(gauge, model, split.train, "train"),
         **_evaluated(gauge, model, split.test, "test"),
@@ -309,8 +311,8 @@ def measure_point(gauge: Gauge, model: nnx.Module, split: Split, options: Option
 def measure_end(gauge: Gauge, model: nnx.Module, split: Split, options: Options) -> dict[str, float]:
     """The figures at the end, with the largest eigenvalue of the training loss's Hessian."""
     products = {"num_products": options.final_products, "rtol": options.rtol}
-    trace = _trace(gauge, model, split.train, options, **products)
-    params, batches = _batches(gauge, model, split.train)
+    trace = _trace(gauge, model, split, options, **products)
+    params, batches = _curved(gauge, model, split, options)
     key, tol = jax.random.key(0), options.eigenvalue_tol
     pairs = curvature.eigenvalues(key, gauge.hessian(params, batches), k=1, tol=tol)
     return {
@@ -329,11 +331,18 @@ def accuracy(model: nnx.Module, examples: Examples) -> float:
 
 
 def _trace(
-    gauge: Gauge, model: nnx.Module, examples: Examples, options: Options, **products: Any
+    gauge: Gauge, model: nnx.Module, split: Split, options: Options, **products: Any
 ) -> curvature.Estimate:
     # The same probes for all networks, so that differences between them are less noisy than each.
-    key, h = jax.random.key(0), gauge.hessian(*_batches(gauge, model, examples))
+    key, h = jax.random.key(0), gauge.hessian(*_curved(gauge, model, split, options))
     return curvature.trace(key, h, method=options.trace_method, **products)
+
+
+def _curved(
+    gauge: Gauge, model: nnx.Module, split: Split, options: Options
+) -> tuple[nnx.State, list[tuple[Examples, nnx.State]]]:
+    """The weights, and the examples whose loss has the Hessian."""
+    return _batches(gauge, model, data.part(split.train, 0, options.curvature_examples))
 
 
 def _evaluated(gauge: Gauge, model: nnx.Module, examples: Examples, part: str) -> dict[str, float]:

@@ -53,9 +53,16 @@ def caption(results: dict[str, Any]) -> str:
         f"evaluations on {settings['batch_size']} examples each{_steps(results)}. "
         f"Strength and rate: of the least loss on {sizes['validation']} validation examples, a mean over "
         f"{settings['tuning_seeds']} other seeds, of {fewest} to {most} pairs for a method. "
-        "Trace and eigenvalue: of the Hessian of the loss over all training examples, at the end. "
+        f"Trace and eigenvalue: of the Hessian of the loss over {_curved(settings)} training examples, "
+        "at the end. "
         f"{_named(results)}On {machine['cpu_count']} CPU cores ({machine['device']}).\n\n{claims(results)}"
     ).strip()
+
+
+def _curved(settings: dict[str, Any]) -> str:
+    """How many examples' loss has the Hessian that was measured."""
+    number = settings.get("curvature_examples")
+    return f"{number} of the" if number else "all"
 
 
 def _named(results: dict[str, Any]) -> str:

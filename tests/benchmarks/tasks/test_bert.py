@@ -18,7 +18,7 @@ from flax import nnx
 
 from benchmarks import __main__ as cli
 from benchmarks.kit.files import UserError
-from benchmarks.tasks import bert, pretrained
+from benchmarks.tasks import bert, checkpoints, pretrained
 
 CONFIG = {
     "model_type": "bert",
@@ -388,7 +388,7 @@ def test_a_missing_package_is_asked_for(monkeypatch):
 def minilm():
     """The folder of the model that the package holds."""
     try:
-        return pretrained.installed()
+        return checkpoints.installed(pretrained.PACKAGE, "model")
     except UserError as error:
         pytest.skip(str(error))
 
