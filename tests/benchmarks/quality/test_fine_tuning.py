@@ -20,8 +20,8 @@ from benchmarks.tasks.efficientnet import EfficientNet
 COMMAND = ("images", "--network", "efficientnet-lite0")
 TINY = (
     *("--size", "16", "--per-class", "2", "--validation-images", "5", "--test-images", "7", "--seeds", "2"),
-    *("--gradients", "4", "--batch-size", "4", "--curvature-examples", "3", "--final-products", "2"),
-    *("--methods", "sgd", "nso"),
+    *("--gradients", "4", "--batch-size", "4", "--curvature-examples", "5", "--final-products", "30"),
+    *("--rates", "0.001", "--methods", "sgd", "nso"),
 )
 
 
@@ -71,12 +71,14 @@ def test_a_comparison(folder, pretrained, tmp_path):
         "A network pretrained on ImageNet learns all classes, from images of 16 pixels "
         "(efficientnet-lite0, colours)."
     )
-    assert "the loss over 3 of the training examples" in caption
+    assert "the loss over 5 of the training examples" in caption
     assert (tmp_path / "out" / "images-colours-lite0.md").read_text() == tables.markdown(images, results)
 
 
 def test_what_it_starts_from(folder, pretrained, tmp_path):
-    options = images.Options(network="efficientnet-lite0", data=str(folder), size=20, per_class=3, batch_size=4)
+    options = images.Options(
+        network="efficientnet-lite0", data=str(folder), size=20, per_class=3, batch_size=4
+    )
     problem = images.make_problem(options, None, None)
     states = [checkpoints.named(nnx.state(problem.task.model(seed), nnx.Param)) for seed in (0, 1)]
     for name, array in states[0].items():
