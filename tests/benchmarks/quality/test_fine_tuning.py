@@ -20,8 +20,8 @@ from benchmarks.tasks.efficientnet import EfficientNet
 COMMAND = ("images", "--network", "efficientnet-lite0")
 TINY = (
     *("--size", "16", "--per-class", "2", "--validation-images", "5", "--test-images", "7", "--seeds", "2"),
-    *("--gradients", "4", "--batch-size", "4", "--curvature-examples", "3", "--final-products", "2"),
-    *("--methods", "sgd", "nso"),
+    *("--gradients", "4", "--batch-size", "4", "--curvature-examples", "5", "--final-products", "30"),
+    *("--rates", "0.001", "--methods", "sgd", "nso"),
 )
 
 
@@ -56,7 +56,7 @@ def pretrained(monkeypatch):
 
 
 def test_a_comparison(folder, pretrained, tmp_path):
-    words = [*COMMAND, *TINY, "--data", str(folder), "--work", str(tmp_path / "work")]
+    words = [*COMMAND, *TINY, "--front", "--data", str(folder), "--work", str(tmp_path / "work")]
     assert cli.main([*words, "--out", str(tmp_path / "out")]) == 0
     results = json.loads((tmp_path / "out" / "images-colours-lite0.json").read_text())
     assert results["data"] == {"name": "colours-lite0", "train": 6, "validation": 5, "test": 7}
@@ -71,7 +71,7 @@ def test_a_comparison(folder, pretrained, tmp_path):
         "A network pretrained on ImageNet learns all classes, from images of 16 pixels "
         "(efficientnet-lite0, colours)."
     )
-    assert "the loss over 3 of the training examples" in caption
+    assert "the loss over 5 of the training examples" in caption
     assert (tmp_path / "out" / "images-colours-lite0.md").read_text() == tables.markdown(images, results)
 
 
