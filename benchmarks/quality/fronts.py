@@ -192,12 +192,16 @@ def plot(results: dict[str, Any]) -> bytes:
     fronts = _fronts(results)
     figure = Figure(figsize=(plots.WIDTH, 5.2), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
+    everything = [each for settings in fronts.values() for each in settings]
+    best = 100 * max(each.mean("test_accuracy") for each in everything)
+    shown = [each for each in everything if 100 * each.mean("test_accuracy") >= best - SHOWN]
     for axes, (of, title) in zip(panels, FIGURES.items(), strict=True):
         for name, settings in fronts.items():
             _draw(axes, name, settings, of)
+        ends = [end([each.mean(of) for each in shown]) for end in (min, max)]
         axes.set(title=title, xlabel="log scale: left is flatter", xscale="log")
+        axes.set_xlim(ends[0] / 1.2, ends[1] * 1.2)
         plots.label_log_axis(axes.xaxis)
-    best = max(100 * each.mean("test_accuracy") for settings in fronts.values() for each in settings)
     panels[0].set(ylabel="test accuracy (%)", ylim=(best - SHOWN, best + SHOWN / 6))
     return plots.finish(figure, panels[0])
 
