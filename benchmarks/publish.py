@@ -2,7 +2,7 @@
 
 A table stands where `<!-- images-digits-table -->` marks it, by the name of its results. `-figures-table` is
 that of all figures, where a study has a shorter one for readers too; `images-digits-front-table` is what the
-study's `markdown_front` makes; `summary-table` and `fronts-table` are made of many results.
+study's `markdown_front` makes; those of `summary`, `fronts` and `recipes` are of many results.
 """
 
 import functools
@@ -75,11 +75,12 @@ def _markdown(name: str, results: Callable[[str], dict[str, Any]]) -> str:
         from benchmarks.quality import summary  # noqa: PLC0415
 
         return summary.markdown({task: results(task) for task in summary.TASKS})
-    if name == "fronts":
-        from benchmarks.quality import fronts, summary  # noqa: PLC0415
+    if name in {"fronts", "recipes"}:
+        from benchmarks.quality import fronts, recipes, summary  # noqa: PLC0415
 
         titles = {task: row.task for task, row in summary.TASKS.items() if fronts.has_front(results(task))}
-        return fronts.summary({task: results(task) for task in titles}, titles)
+        table = fronts.summary if name == "fronts" else recipes.markdown
+        return table({task: results(task) for task in titles}, titles)
     of = name.removesuffix("-figures").removesuffix("-front")
     if of not in NAMES:
         raise UserError(f"<!-- {name}-table -->: expected one of {', '.join(NAMES)}")

@@ -16,8 +16,6 @@ from benchmarks.training import costs, regularizers
 from benchmarks.training.methods import Method, Name, Regularizer
 
 PLAIN = "sgd"
-# Stronger than in the comparison of images, where training is a fine-tuning.
-STRENGTHS = dict.fromkeys(("seht", "seht-d"), (3e-4, 1e-3, 3e-3, 1e-2))
 HEADERS: tuple[str, ...] = (
     "method",
     "strength",
@@ -47,6 +45,7 @@ class Options(images.Options):
     gradients: Count = 480
     scratch: bool = True
     per_class: Count = 50
+    front: bool = False
     points: Count = 1
     work: Path = Path("runs/regularizers")
 
@@ -83,7 +82,7 @@ def run(options: Options, progress: Progress) -> dict[str, Any]:
         f"{problem.name.removesuffix('-scratch')}-{options.network}",
         problem.task,
         problem.split,
-        {**problem.strengths, **STRENGTHS},
+        problem.strengths,
         costs={
             name: costs.in_whole_steps(cost["median"], options.gradients) for name, cost in measured.items()
         },

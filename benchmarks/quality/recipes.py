@@ -1,0 +1,58 @@
+"""One setting for all tasks: what a method of one gradient a step gives over plain training, by strength."""
+
+import statistics
+from typing import Any
+
+import numpy as np
+
+from benchmarks.kit import plots, tables
+from benchmarks.quality import fronts
+from benchmarks.quality.fronts import Setting
+from benchmarks.training.methods import METHODS
+
+Tasks = dict[str, dict[str, Any]]
+
+
+def markdown(results: Tasks, titles: dict[str, str]) -> str:
+    """The strengths that were tried on all tasks, the most accurate over them first.
+
+    Args:
+        results: Of the tasks, by their names.
+        titles: What to call them in the head.
+    """
+    headers = ["method", "strength", "points ahead, all", *titles.values(), "trace / plain's"]
+    names = [name for name, method in METHODS.items() if method.is_noise and method.gradients_per_step == 1]
+    settings = [each for name in names for each in _everywhere(results, name)]
+    settings.sort(key=lambda each: -_mean_ahead(results, each))
+    return tables.grid([headers, *(_row(results, each) for each in settings)]) + "\n"
+
+
+def _everywhere(results: Tasks, name: str) -> list[dict[str, Setting]]:
+    """A method's settings by task, for each strength that no task lacks."""
+    found = {task: {s.strength: s for s in fronts.front(of, name)} for task, of in results.items()}
+    common = set.intersection(*(set(strengths) for strengths in found.values()))
+    return [{task: by[strength] for task, by in found.items()} for strength in sorted(common)]
+
+
+def _ahead(results: Tasks, task: str, setting: Setting) -> np.ndarray:
+    """Points of accuracy ahead of plain training, by seed."""
+    (plain,) = fronts.front(results[task], next(iter(results[task]["chosen"])))
+    return 100 * (np.array(setting.column("test_accuracy")) - np.array(plain.column("test_accuracy")))
+
+
+def _mean_ahead(results: Tasks, settings: dict[str, Setting]) -> float:
+    return statistics.mean(_ahead(results, task, each).mean() for task, each in settings.items())
+
+
+def _row(results: Tasks, settings: dict[str, Setting]) -> list[str]:
+    one = next(iter(settings.values()))
+    differences = [_ahead(results, task, each) for task, each in settings.items()]
+    plain = {task: fronts.front(results[task], next(iter(results[task]["chosen"])))[0] for task in settings}
+    ratios = [each.mean("trace") / plain[task].mean("trace") for task, each in settings.items()]
+    return [
+        one.method,
+        f"{one.strength:g}",
+        f"{_mean_ahead(results, settings):+.1f}",
+        *(f"{each.mean():+.1f} ± {plots.interval(each):.1f}" for each in differences),
+        tables.number(statistics.geometric_mean(ratios), 2),
+    ]
