@@ -199,6 +199,10 @@ def rsam(
     nor auxiliary output is used. With `sigma=0` it is `sam`, and with a large `gradient_weight` the ascent
     only starts at W + U and goes from W along the gradient found there.
 
+    The formula is ours, after what the paper's abstract says (one step of ascent on randomly smoothed
+    weights): noise and gradient are scaled to rho together, so that the distance is that of SAM. There are
+    implementations that stay at W + U and take all of SAM's step from there.
+
     Args:
       fun: as in `sam`.
       rho: the distance, as in `sam`.
@@ -227,10 +231,7 @@ def rsam(
       25.0 [6.6 8.8]
 
     References:
-      Liu, Mai, Cheng, Chen, Hsieh and You, Random Sharpness-Aware Minimization, NeurIPS, 2022. The formula
-      is ours, after what its abstract says (one step of ascent on randomly smoothed weights): noise and
-      gradient are scaled to rho together, so that the distance is that of SAM. There are implementations
-      that leave W + U where it is and take all of SAM's step from there.
+      Liu, Mai, Cheng, Chen, Hsieh and You, Random Sharpness-Aware Minimization, NeurIPS, 2022.
     """
     check_scalar("gradient_weight", gradient_weight)
     check_sampler(sampler)

@@ -1,11 +1,13 @@
 """What strangers get: the wheel, files where they were asked for, and no format that can run code."""
 
 import ast
+import inspect
 import sys
 from pathlib import Path
 
 import pytest
 
+from benchmarks.tasks import pytorch_file
 from tests.reliability import installation
 
 ROOT = Path(__file__).parents[2]
@@ -47,6 +49,18 @@ def pickling(path):
             yield node.arg
 
 
+# What reads a network's weights as PyTorch keeps them, by an unpickler that makes nothing but tensors, and its tests.
+RESTRICTED = {"pytorch_file.py", "test_pytorch_file.py", "test_efficientnet.py"}
+
+
 def test_nothing_is_pickled():
-    assert {path.name: found for path in SOURCES if (found := list(pickling(path)))} == {}
+    found = {path.name: names for path in SOURCES if (names := list(pickling(path)))}
+    assert found.keys() == RESTRICTED
     assert len(SOURCES) > 50
+
+
+def test_what_reads_weights_unpickles_by_its_own_rules_alone():
+    tree = ast.parse(inspect.getsource(pytorch_file))
+    used = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    assert {node.attr for node in used if ast.unparse(node.value) == "pickle"} == {"Unpickler"}
+    assert "find_class" in vars(pytorch_file._Unpickler)

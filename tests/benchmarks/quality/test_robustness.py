@@ -15,7 +15,7 @@ from flax import nnx
 from PIL import Image
 from rich.console import Console
 
-from benchmarks.kit import report, tables
+from benchmarks.kit import report, tables, timing
 from benchmarks.kit.files import RESULTS
 from benchmarks.kit.journal import Journal
 from benchmarks.quality import robust_training, robustness
@@ -223,7 +223,7 @@ def few_strengths(monkeypatch):
     few = {name: method._replace(strengths=method.strengths[:2]) for name, method in METHODS.items()}
     monkeypatch.setattr(robust_training, "METHODS", few)
     monkeypatch.setattr(costs, "REPETITIONS", 1)
-    monkeypatch.setattr(robust_training.timing, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(timing, "LEAST_SECONDS", 0.0)
 
 
 @pytest.fixture
