@@ -57,6 +57,7 @@ def write_tables() -> None:
 def _pages_with(fresh: dict[str, bytes]) -> dict[Path, bytes | str]:
     """The pages with tables of the results, some of which are not in their files yet."""
 
+    @functools.cache  # many tables are of the same results
     def results(name: str) -> dict[str, Any]:
         return json.loads(fresh.get(name) or read_file(RESULTS / f"{name}.json"))
 

@@ -82,7 +82,7 @@ def interval(values: np.ndarray) -> np.ndarray:
 
 def colour(name: str) -> str:
     """That of a method."""
-    return _STYLES.get(name, _OTHER)[0]
+    return style(name)[0]
 
 
 def style(name: str) -> tuple[str, str]:
@@ -109,7 +109,7 @@ def band(
     scaled = np.log(np.maximum(values, 1e-3)) if log else np.asarray(values)
     mean, width = scaled.mean(axis=0), spread(scaled)
     low, middle, high = (np.exp(y) if log else y for y in (mean - width, mean, mean + width))
-    colour, dashes = _STYLES.get(name, _OTHER)
+    colour, dashes = style(name)
     axes.plot(
         x, middle, color=colour, linestyle=dashes, linewidth=2, label=title(name), zorder=_ORDER[dashes]
     )

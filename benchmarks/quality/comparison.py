@@ -216,6 +216,7 @@ def numbers_of_trainings(methods: Mapping[str, Method], options: Options) -> tup
     return tuned * options.tuning_seeds, measured * options.seeds
 
 
+@functools.cache  # so that a study that tells more of its own cost measures once
 def seconds_of_a_gradient(task: Task, method: Method, options: Options) -> float:
     """Those that a step takes here, over its gradients; the median of a few steps, after compiling."""
     steps = loop.compiled(task, method, options.gradients, "constant")

@@ -155,7 +155,7 @@ def cells(runs: list[dict[str, Any]]) -> list[str]:
     """Test accuracy in percent, trace and largest eigenvalue, each with its 95 % interval."""
     columns = ([run[name] for run in runs] for name in ("test_accuracy", "trace", "largest_eigenvalue"))
     accuracy, *others = (np.array(column) for column in columns)
-    return [_with_interval(values) for values in (100 * accuracy, *others)]
+    return [with_interval(values) for values in (100 * accuracy, *others)]
 
 
 def against_in_words(mine: Sequence[float], theirs: Sequence[float]) -> str:
@@ -180,15 +180,19 @@ def ahead(mine: Sequence[float], theirs: Sequence[float]) -> str:
     return f"{difference.mean():+.1f} ± {plots.interval(difference):.1f}"
 
 
-def _with_interval(values: np.ndarray) -> str:
-    return tables.with_error(float(values.mean()), float(plots.interval(values)) if len(values) > 1 else None)
+def with_interval(values: Sequence[float] | np.ndarray) -> str:
+    """The mean and its 95 % interval; the mean alone of a single value."""
+    array = np.asarray(values)
+    return tables.with_error(float(array.mean()), float(plots.interval(array)) if len(array) > 1 else None)
 
 
 def _column(results: dict[str, Any], name: str, figure: str) -> list[float]:
     return [run[figure] for run in chosen_runs(results, name)]
 
 
-def chosen_runs(results: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    """Those of a method at the strength that was chosen."""
-    strength = results["chosen"][name]["strength"]
-    return [run for run in results["runs"] if run["method"] == name and run["strength"] == strength]
+def chosen_runs(results: dict[str, Any], name: str | None) -> list[dict[str, Any]]:
+    """Those of a method at the strength that was chosen, or all where none was to choose."""
+    runs = [run for run in results["runs"] if run["method"] == name]
+    if "chosen" not in results or name not in results["chosen"]:
+        return runs
+    return [run for run in runs if run["strength"] == results["chosen"][name]["strength"]]

@@ -14,7 +14,7 @@ from flax import nnx
 from matplotlib.figure import Figure
 from rich.progress import Progress
 
-from benchmarks.kit import plots, tables
+from benchmarks.kit import plots
 from benchmarks.kit.files import UserError
 from benchmarks.kit.journal import Journal
 from benchmarks.kit.options import Count, at_least
@@ -236,10 +236,10 @@ def _row(name: str, results: dict[str, Any]) -> list[str]:
         f"{knobs['strength']:g}" if knobs["strength"] else "",
         f"{knobs['rate']:g}",
         *found,
-        _with_interval([_recall(run) for run in runs]),
-        _with_interval(zero_shot) if zero_shot else "-",
-        _with_interval([run["trace"] for run in runs]),
-        _with_interval([run["largest_eigenvalue"] for run in runs]),
+        comparison_table.with_interval([_recall(run) for run in runs]),
+        comparison_table.with_interval(zero_shot) if zero_shot else "-",
+        comparison_table.with_interval([run["trace"] for run in runs]),
+        comparison_table.with_interval([run["largest_eigenvalue"] for run in runs]),
     ]
 
 
@@ -294,8 +294,3 @@ def plot(results: dict[str, Any]) -> bytes:
 def _recall(run: dict[str, Any]) -> float:
     """The mean of both ways at the last depth, in percent."""
     return 100 * statistics.mean(run[f"{way}_{DEPTHS[-1]}"] for way in WAYS)
-
-
-def _with_interval(values: list[float]) -> str:
-    width = float(plots.interval(np.array(values))) if len(values) > 1 else None
-    return tables.with_error(statistics.mean(values), width)

@@ -79,6 +79,12 @@ def has_front(results: dict[str, Any]) -> bool:
     return "chosen" in results and any(len(front(results, name)) > 1 for name in results["chosen"])
 
 
+def plain(results: dict[str, Any]) -> Setting:
+    """Plain training, which has one setting."""
+    (only,) = front(results, next(iter(results["chosen"])))
+    return only
+
+
 def by_one_standard_error(settings: list[Setting]) -> Setting:
     """The strongest whose mean validation loss is within a standard error of the least one."""
     best = min(settings, key=lambda each: each.mean("validation_loss"))
@@ -242,14 +248,12 @@ def _fronts(results: dict[str, Any]) -> dict[str, list[Setting]]:
 def _row(settings: list[Setting], everything: list[Setting]) -> list[str]:
     picked = by_one_standard_error(settings)
     accuracy, *others = comparison_table.cells(list(picked.runs))
-    losses = np.array(picked.column("test_loss"))
-    loss = tables.with_error(losses.mean(), float(plots.interval(losses)) if len(losses) > 1 else None)
     return [
         picked.method,
         f"{picked.strength:g}" if len(METHODS[picked.method].strengths) > 1 else "",
         f"{picked.runs[0]['rate']:g}",
         accuracy,
-        loss,
+        comparison_table.with_interval(picked.column("test_loss")),
         *others,
         *(f"{area(settings, everything, figure):.2f}" for figure in FIGURES),
     ]
@@ -264,7 +268,5 @@ def _summary_row(title: str, results: dict[str, Any]) -> list[str]:
             if pair is None
             else [f"{pair[0].method} / {pair[1].method}", against(*pair, figure), ahead(*pair)]
         )
-    fronts = _fronts(results)
-    plain = fronts[next(iter(fronts))]
-    micro = fronts.get("wp-micro")
-    return [*row, ahead(*map(by_one_standard_error, (micro, plain))) if micro else "-"]
+    micro = front(results, "wp-micro")
+    return [*row, ahead(by_one_standard_error(micro), plain(results)) if micro else "-"]

@@ -49,7 +49,7 @@ LITE0_STRENGTHS |= dict.fromkeys(("nso", "wp-sgd"), (0.0015, 0.003, 0.006))
 LITE0_STRENGTHS |= dict.fromkeys(
     ("nso-relative", "nso-micro", "wp-micro", "wp-adaptive"), (0.005, 0.01, 0.02)
 )
-STRENGTHS: dict[str, dict[str, tuple[float, ...]]] = {"mlp": {**MLP_STRENGTHS}, LITE0: LITE0_STRENGTHS}
+STRENGTHS: dict[str, dict[str, tuple[float, ...]]] = {"mlp": MLP_STRENGTHS, LITE0: LITE0_STRENGTHS}
 # Plain SGD diverges at three times this rate (120 steps on Caltech-101). A product with the Hessian takes
 # twice as long as a gradient of as many images, so these are few.
 LITE0_DEFAULTS: dict[str, Any] = {

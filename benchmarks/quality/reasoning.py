@@ -12,7 +12,6 @@ import numpy as np
 from flax import nnx
 from rich.progress import Progress
 
-from benchmarks.kit import plots, tables
 from benchmarks.kit.files import UserError
 from benchmarks.kit.journal import Journal
 from benchmarks.kit.options import Count
@@ -203,16 +202,11 @@ def rows(results: dict[str, Any]) -> list[list[str]]:
         results["chosen"], comparison_table.rows(results), strict=True
     ):
         runs = comparison_table.chosen_runs(results, name)
-        losses = [_with_interval([run[figure] for run in runs]) for figure in SHOWN]
+        losses = [comparison_table.with_interval([run[figure] for run in runs]) for figure in SHOWN]
         asked = results["settings"]["solved_problems"]
         solved = sum(round(run["test_solved"] * asked) for run in runs)
         made.append([*knobs, *losses, accuracy, f"{solved} of {asked * len(runs)}", trace, eigenvalue])
     return made
-
-
-def _with_interval(values: list[float]) -> str:
-    error = float(plots.interval(np.array(values))) if len(values) > 1 else None
-    return tables.with_error(float(np.mean(values)), error)
 
 
 def caption(results: dict[str, Any]) -> str:

@@ -3,9 +3,7 @@
 import statistics
 from typing import Any
 
-import numpy as np
-
-from benchmarks.kit import plots, tables
+from benchmarks.kit import tables
 from benchmarks.quality import fronts
 from benchmarks.quality.fronts import Setting
 from benchmarks.training.methods import METHODS
@@ -34,25 +32,22 @@ def _everywhere(results: Tasks, name: str) -> list[dict[str, Setting]]:
     return [{task: by[strength] for task, by in found.items()} for strength in sorted(common)]
 
 
-def _ahead(results: Tasks, task: str, setting: Setting) -> np.ndarray:
-    """Points of accuracy ahead of plain training, by seed."""
-    (plain,) = fronts.front(results[task], next(iter(results[task]["chosen"])))
-    return 100 * (np.array(setting.column("test_accuracy")) - np.array(plain.column("test_accuracy")))
-
-
 def _mean_ahead(results: Tasks, settings: dict[str, Setting]) -> float:
-    return statistics.mean(_ahead(results, task, each).mean() for task, each in settings.items())
+    """Points of accuracy ahead of plain training, over the tasks."""
+    return statistics.mean(
+        100 * (each.mean("test_accuracy") - fronts.plain(results[task]).mean("test_accuracy"))
+        for task, each in settings.items()
+    )
 
 
 def _row(results: Tasks, settings: dict[str, Setting]) -> list[str]:
     one = next(iter(settings.values()))
-    differences = [_ahead(results, task, each) for task, each in settings.items()]
-    plain = {task: fronts.front(results[task], next(iter(results[task]["chosen"])))[0] for task in settings}
+    plain = {task: fronts.plain(results[task]) for task in settings}
     ratios = [each.mean("trace") / plain[task].mean("trace") for task, each in settings.items()]
     return [
         one.method,
         f"{one.strength:g}",
         f"{_mean_ahead(results, settings):+.1f}",
-        *(f"{each.mean():+.1f} ± {plots.interval(each):.1f}" for each in differences),
+        *(fronts.ahead(each, plain[task]) for task, each in settings.items()),
         tables.number(statistics.geometric_mean(ratios), 2),
     ]

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.kit import plots, tables
+from benchmarks.quality import comparison_table
 
 HEADERS: tuple[str, ...] = ("task", "plain", "SAM", "NSO, in pairs", "NSO, one-sided in microbatches")
 
@@ -45,14 +46,7 @@ def markdown(results: dict[str, dict[str, Any]]) -> str:
 
 
 def _row(row: Row, results: dict[str, Any]) -> list[str]:
-    return [row.task, *(_cell(_runs(results, name)) for name in row.methods)]
-
-
-def _runs(results: dict[str, Any], name: str | None) -> list[dict[str, Any]]:
-    """Those of a method, at the strength that was chosen where all were tried."""
-    runs = [run for run in results["runs"] if run["method"] == name]
-    strength = results.get("chosen", {}).get(name, {}).get("strength")
-    return [run for run in runs if strength in (None, run.get("strength"))]
+    return [row.task, *(_cell(comparison_table.chosen_runs(results, name)) for name in row.methods)]
 
 
 def _cell(runs: list[dict[str, Any]]) -> str:

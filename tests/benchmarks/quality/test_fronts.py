@@ -133,7 +133,8 @@ def test_tables_and_pictures_of_chosen_strengths_do_not_see_the_others():
     }
     for name in ("sgd", "asam", "nso"):
         assert comparison_table.chosen_runs(whole, name) == comparison_table.chosen_runs(alone, name)
-        assert summary._runs(whole, name) == comparison_table.chosen_runs(alone, name)
+        row = summary.Row("a task", (name,))
+        assert summary._row(row, whole) == summary._row(row, alone)
 
 
 def test_the_picture_is_of_several_strengths():
