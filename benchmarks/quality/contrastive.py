@@ -31,12 +31,13 @@ WARMUP = 0.1  # of the steps
 PROMPT = "a photo of a {}"
 DEPTHS = (1, 5, 10)
 WAYS = ("image_to_text", "text_to_image")
+# With 800 gradients the least validation losses are at or below the weaker half of these.
 STRENGTHS = {
-    "sam": (0.03, 0.1, 0.3),
-    "asam": (0.1, 0.3, 1.0),
-    "nso": (0.003, 0.01, 0.03),
-    "nso-relative": (0.1, 0.2, 0.4),
-    "wp-relative": (0.1, 0.2, 0.4),
+    "sam": (0.003, 0.01, 0.03),
+    "asam": (0.03, 0.1, 0.3),
+    "nso": (0.001, 0.003, 0.01),
+    "nso-relative": (0.025, 0.05, 0.1),
+    "wp-relative": (0.025, 0.05, 0.1),
 }
 HEADERS = (
     "method",
