@@ -40,8 +40,8 @@ ROOMS = {
         "where training leads",
         {
             "demo": Study("benchmarks.quality.demo", "four methods on small digits, with wrong labels", 1),
-            "images": Study("benchmarks.quality.images", "methods compared in fine-tuning on few images", 45),
-            "text": Study("benchmarks.quality.text", "methods compared in fine-tuning on sentences", 40),
+            "images": Study("benchmarks.quality.images", "methods compared in fine-tuning on few images", 25),
+            "text": Study("benchmarks.quality.text", "methods compared in fine-tuning on sentences", 30),
             "contrastive": Study(
                 "benchmarks.quality.contrastive", "methods compared on photographs and captions", 30
             ),

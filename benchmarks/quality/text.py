@@ -48,12 +48,13 @@ class Options(comparison.Options):
     validation_texts: Count = 200
     test_texts: Count = 500
     dropout: bool = False
-    methods: tuple[Name, ...] = ("adam", "sam", "nso", "nso-micro")
+    methods: tuple[Name, ...] = ("adam", "sam", "nso", "wp-micro")
     gradients: Count = 64
     batch_size: Count = 16
     rates: tuple[float, ...] = (1e-4,)
     weight_decays: tuple[float, ...] = (0.0, 1e-2, 1e-1)
     front: bool = False
+    tuning_seeds: Count = 1
     points: Count = 1
     point_products: Count = 4
     final_products: Count = 8

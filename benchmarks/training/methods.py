@@ -46,21 +46,8 @@ Name = Literal[
     "wp-adaptive",
     "seht",
 ]
-# What is compared unless somebody says otherwise: plain training, the family of SAM, and noise.
-COMPARED: tuple[Name, ...] = (
-    "sgd",
-    "sam",
-    "usam",
-    "asam",
-    "rsam",
-    "wp-sgd",
-    "lpf-sgd",
-    "mrwp",
-    "nso",
-    "nso-relative",
-    "nso-micro",
-    "wp-micro",
-)
+# What is compared unless somebody says otherwise: plain training, SAM and its scaled form, and noise.
+COMPARED: tuple[Name, ...] = ("sgd", "sam", "asam", "wp-sgd", "nso", "nso-relative", "wp-micro")
 # SEHT's second form and what its paper compares both with, on images; compared where they are asked for.
 Regularizer = Literal["confidence", "jacobian", "cutout", "mixup", "seht-d"]
 
