@@ -35,7 +35,7 @@ MLP_WIDTH = 256
 MLP_STRENGTHS: dict[str, tuple[float, ...]] = {"asam": (0.5, 1.0, 2.0, 4.0, 8.0)}
 MLP_STRENGTHS |= dict.fromkeys(("nso", "wp-sgd"), (0.01, 0.02, 0.05, 0.1, 0.2))
 MLP_STRENGTHS |= dict.fromkeys(
-    ("nso-relative", "nso-micro", "wp-micro", "wp-adaptive"), (0.2, 0.4, 0.8, 1.2, 1.6)
+    ("nso-relative", "nso-micro", "wp-micro", "wp-adaptive"), (0.1, 0.2, 0.4, 0.8, 1.2)
 )
 MLP_STRENGTHS |= dict.fromkeys(("lpf-sgd", "mrwp", "marwp"), (0.005, 0.01, 0.02, 0.04, 0.08))
 DIGITS_TRAIN = 797  # of 1,797: those that are not for the test
