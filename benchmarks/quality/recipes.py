@@ -12,14 +12,16 @@ Tasks = dict[str, dict[str, Any]]
 
 
 def markdown(results: Tasks, titles: dict[str, str]) -> str:
-    """The strengths that were tried on all tasks, the most accurate over them first.
+    """The strengths tried on all tasks that have several such methods, the most accurate over them first.
 
     Args:
         results: Of the tasks, by their names.
         titles: What to call them in the head.
     """
-    headers = ["method", "strength", "points ahead, all", *titles.values(), "trace / plain's"]
     names = [name for name, method in METHODS.items() if method.is_noise and method.gradients_per_step == 1]
+    results = {task: of for task, of in results.items() if len(set(names) & set(of["chosen"])) > 1}
+    tasks = [titles[task] for task in results]
+    headers = ["method", "strength", "points ahead, all", *tasks, "trace / plain's"]
     settings = [each for name in names for each in _everywhere(results, name)]
     settings.sort(key=lambda each: -_mean_ahead(results, each))
     return tables.grid([headers, *(_row(results, each) for each in settings)]) + "\n"

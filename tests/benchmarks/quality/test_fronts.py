@@ -143,19 +143,29 @@ def test_the_picture_is_of_several_strengths():
 
 
 def test_a_recipe_is_one_setting_for_all_tasks():
-    """Of the strengths that both tasks have, with the mean of both differences and of the traces' ratios."""
+    """Of the strengths that both tasks have, with the mean of both differences and of the traces' ratios.
+
+    The third has but one method of one gradient a step, so that it compares none.
+    """
     one = results(
         runs("sgd", 0.0, loss=1, accuracy=0.90, trace=40),
         runs("nso", 0.01, loss=1, accuracy=0.99, trace=1),  # two gradients a step
         runs("wp-sgd", 0.01, loss=1, accuracy=0.92, trace=20),
         runs("wp-sgd", 0.02, loss=1, accuracy=0.91, trace=10),
+        runs("wp-micro", 0.1, loss=1, accuracy=0.91, trace=10),
     )
     other = results(
         runs("sgd", 0.0, loss=1, accuracy=0.80, trace=10),
         runs("nso", 0.01, loss=1, accuracy=0.99, trace=1),
         runs("wp-sgd", 0.02, loss=1, accuracy=0.84, trace=10),
         runs("wp-sgd", 0.04, loss=1, accuracy=0.89, trace=10),
+        runs("wp-micro", 0.2, loss=1, accuracy=0.91, trace=10),
     )
-    head, _, *lines = recipes.markdown({"a": one, "b": other}, {"a": "A", "b": "B"}).splitlines()
+    third = results(
+        runs("sgd", 0.0, loss=1, accuracy=0.80, trace=10),
+        runs("wp-micro", 0.1, loss=1, accuracy=0.81, trace=10),
+    )
+    tasks, titles = {"a": one, "b": other, "c": third}, {"a": "A", "b": "B", "c": "C"}
+    head, _, *lines = recipes.markdown(tasks, titles).splitlines()
     assert head == "| method | strength | points ahead, all | A | B | trace / plain's |"
     assert lines == ["| wp-sgd | 0.02 | +2.5 | +1.0 ± 0.0 | +4.0 ± 0.0 | 0.50 |"]
