@@ -30,8 +30,8 @@ _STYLES = {
     "adam": (BLACK, "--"),
     "sam": (ORANGE, "--"),
     "usam": (ORANGE, ":"),
-    "rsam": (ORANGE, ":"),
-    "bsam": (ORANGE, ":"),
+    "rsam": (VERMILLION, ":"),
+    "bsam": (ORANGE, "-."),
     "asam": (VERMILLION, "-."),
     "wp-sgd": (PURPLE, "-."),
     "nso": (BLUE, "-"),
@@ -43,7 +43,7 @@ _STYLES = {
     "lpf-sgd": (GREEN, ":"),
     "mrwp": (PURPLE, ":"),
     "marwp": (PURPLE, "--"),
-    "ivon": (VERMILLION, ":"),
+    "ivon": (VERMILLION, "--"),
 }
 _OTHER = (GREY, ":")
 _NAMES = {
