@@ -15,14 +15,14 @@ from benchmarks.training.methods import METHODS
 # In words; the demo's wp-sgd takes two draws in a step.
 NOISES = {
     "wp-sgd": "one-sided noise, one draw and so one gradient in a step",
-    "lpf-sgd": "the same in proportion to each filter, anew in each of four microbatches",
+    "lpf-sgd": "one-sided noise in proportion to each filter, anew in each of four microbatches",
     "mrwp": "noise in proportion to each filter on half of the batch, none on the other",
-    "marwp": "the same, damped where gradients have been large",
+    "marwp": "mrwp, damped where gradients have been large",
     "nso": "a pair of draws",
     "nso-relative": "a pair, in proportion to each weight",
-    "nso-micro": "the same, anew in each of four microbatches",
-    "wp-micro": "its one-sided form, one gradient in a step",
-    "wp-adaptive": "the same, damped where gradients have been large",
+    "nso-micro": "a pair, in proportion to each weight, anew in each of four microbatches",
+    "wp-micro": "one-sided noise in proportion to each weight, anew in each of four microbatches",
+    "wp-adaptive": "wp-micro, damped where gradients have been large",
     "wp-relative": "one-sided noise in proportion to each weight, one gradient in a step",
 }
 FAMILY = ("sam", "asam", "usam", "rsam")  # the rivals of the paper's claims
