@@ -65,13 +65,13 @@ def _pages_with(fresh: dict[str, bytes]) -> dict[Path, bytes | str]:
     for page in PAGES:
         text = read_file(page).decode()
         for name in tables.marked(text):
-            text = tables.replace_in(text, f"{name}-table", _markdown(name, results))
+            text = tables.replace_in(text, f"{name}-table", _markdown(name, results, {*NAMES, *fresh}))
         pages[page] = text
     return pages
 
 
-def _markdown(name: str, results: Callable[[str], dict[str, Any]]) -> str:
-    """The table of a mark's name."""
+def _markdown(name: str, results: Callable[[str], dict[str, Any]], known: set[str]) -> str:
+    """The table of a mark's name, one of the results that are known."""
     if name == "summary":
         from benchmarks.quality import summary  # noqa: PLC0415
 
@@ -83,8 +83,8 @@ def _markdown(name: str, results: Callable[[str], dict[str, Any]]) -> str:
         table = fronts.summary if name == "fronts" else recipes.markdown
         return table({task: results(task) for task in titles}, titles)
     of = name.removesuffix("-figures").removesuffix("-front")
-    if of not in NAMES:
-        raise UserError(f"<!-- {name}-table -->: expected one of {', '.join(NAMES)}")
+    if of not in known:
+        raise UserError(f"<!-- {name}-table -->: expected one of {', '.join(sorted(known))}")
     study = registry.module(of)
     if name.endswith("-front"):
         return str(study.markdown_front(results(of)))

@@ -69,6 +69,7 @@ def test_publish_copies_results_of_other_commands(tmp_path, monkeypatch):
     page.write_text("<!-- precision-table --><!-- /precision-table -->\n")
     monkeypatch.setattr(publish, "RESULTS", results)
     monkeypatch.setattr(publish, "PAGES", (page,))
+    monkeypatch.setattr(publish, "NAMES", ())  # so that these are the first of their name
     assert cli.main(["publish", "--out", str(out)]) == 0
     assert {path.name for path in results.iterdir()} == {"precision.json", "precision.png"}
     assert "| weights in | sigma 0.0001 |" in page.read_text()
