@@ -13,7 +13,9 @@ from benchmarks.tasks import bert, models
 from benchmarks.tasks.bert import Tokens
 from benchmarks.tasks.data import Examples
 
-TEMPERATURE = 0.07  # at the start, as published
+# At the start. With the published 0.07, for batches of 32,768, the loss of batches of 64 stays at ln 64 for
+# twice as many steps (100 of Adam at 3e-4 on Flickr8k).
+TEMPERATURE = 0.3
 CHUNK = 250  # images or captions that are encoded at once
 
 
