@@ -295,7 +295,7 @@ def _figures(trained: Trained, gauge: Gauge, split: Split) -> dict[str, Any]:
     return {
         "evaluations": trained.curve[-1]["evaluations"],
         "seconds": trained.seconds,
-        **_evaluated(gauge, trained.model, split.validation, "validation"),
+        **evaluated(gauge, trained.model, split.validation, "validation"),
     }
 
 
@@ -303,8 +303,8 @@ def measure_point(gauge: Gauge, model: nnx.Module, split: Split, options: Option
     """The figures followed over training."""
     trace = _trace(gauge, model, split, options, num_products=options.point_products)
     return {
-        **_evaluated(gauge, model, split.train, "train"),
-        **_evaluated(gauge, model, split.test, "test"),
+        **evaluated(gauge, model, split.train, "train"),
+        **evaluated(gauge, model, split.test, "test"),
         "trace": trace.value,
     }
 
@@ -317,8 +317,8 @@ def measure_end(gauge: Gauge, model: nnx.Module, split: Split, options: Options)
     key, tol = jax.random.key(0), options.eigenvalue_tol
     pairs = curvature.eigenvalues(key, gauge.hessian(params, batches), k=1, tol=tol)
     return {
-        **_evaluated(gauge, model, split.train, "train"),
-        **_evaluated(gauge, model, split.test, "test"),
+        **evaluated(gauge, model, split.train, "train"),
+        **evaluated(gauge, model, split.test, "test"),
         "trace": trace.value,
         "trace_standard_error": trace.standard_error,
         "largest_eigenvalue": float(pairs.values[0]),
@@ -328,7 +328,7 @@ def measure_end(gauge: Gauge, model: nnx.Module, split: Split, options: Options)
 def accuracy(model: nnx.Module, examples: Examples) -> float:
     """The share of the examples that a model gets right."""
     gauge = measuring.gauge(measuring.split_network(model)[0])
-    return _evaluated(gauge, model, examples, "")["_accuracy"]
+    return evaluated(gauge, model, examples, "")["_accuracy"]
 
 
 def _trace(
@@ -346,7 +346,8 @@ def _curved(
     return _batches(gauge, model, data.part(split.train, 0, options.curvature_examples))
 
 
-def _evaluated(gauge: Gauge, model: nnx.Module, examples: Examples, part: str) -> dict[str, float]:
+def evaluated(gauge: Gauge, model: nnx.Module, examples: Examples, part: str) -> dict[str, float]:
+    """A model's accuracy and loss on the examples of a part, named after it."""
     params, batches = _batches(gauge, model, examples)
     sizes = [len(batch.labels) for batch, _ in batches]
 

@@ -3,7 +3,7 @@
 import collections
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -139,6 +139,26 @@ def plot(results: dict[str, Any]) -> bytes:
     way.set(ylabel="Hessian trace (log scale)", yscale="log")
     plots.label_log_axis(way.yaxis)
     return plots.finish(figure, way)
+
+
+def plot_ends(results: dict[str, Any], shown: Mapping[str, Callable[[dict[str, Any]], float]]) -> bytes:
+    """Figures of the runs at the end, with 95 % intervals, as PNG.
+
+    Args:
+        results: Of a comparison.
+        shown: Figures by the titles of their axes, which are logarithmic where a title says so.
+    """
+    names, seeds = list(results["chosen"]), results["settings"]["seeds"]
+    figure = Figure(figsize=(plots.WIDTH, 1.3 + 0.26 * len(names)), layout="constrained")
+    for axes, (title, value) in zip(
+        np.atleast_1d(figure.subplots(1, len(shown), sharey=True)), shown.items(), strict=True
+    ):
+        values = {name: [value(run) for run in chosen_runs(results, name)] for name in names}
+        rows = [plots.Row(plots.title(name), values[name], plots.colour(name)) for name in names]
+        plots.dots(axes, rows, log="log scale" in title)
+        axes.set_xlabel(title)
+    figure.suptitle(f"At the end: mean and 95 % interval, {seeds} seeds", fontsize="large")
+    return plots.finish(figure)
 
 
 def _row(name: str, results: dict[str, Any]) -> list[str]:

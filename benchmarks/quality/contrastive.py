@@ -11,10 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from matplotlib.figure import Figure
 from rich.progress import Progress
 
-from benchmarks.kit import plots
 from benchmarks.kit.files import UserError
 from benchmarks.kit.journal import Journal
 from benchmarks.kit.options import Count, at_least
@@ -247,6 +245,7 @@ def _row(name: str, results: dict[str, Any]) -> list[str]:
 def caption(results: dict[str, Any]) -> str:
     """What the table shows, in a few sentences."""
     settings, sizes, machine = results["settings"], results["data"], results["machine"]
+    chance = " / ".join(f"{100 * depth / sizes['test']:.1f}" for depth in DEPTHS)
     zero_shot = noise = ""
     if "wp-relative" in results["chosen"]:
         noise = (
@@ -264,9 +263,10 @@ def caption(results: dict[str, Any]) -> str:
         f"captions. Every method takes {settings['gradients']} gradient evaluations on "
         f"{settings['batch_size']} pairs each. Found: of {sizes['test']:,} unseen photographs, those with "
         "one of their own captions among the nearest of all photographs' captions, and the captions with "
-        f"their photograph among the nearest. {zero_shot}Mean ± 95 % interval over {settings['seeds']} "
-        "seeds: of the first weights, the order, the captions and the noise. Strength, rate and decay: of "
-        f"the least loss on {sizes['validation']} other pairs, over {settings['tuning_seeds']} other seeds. "
+        f"their photograph among the nearest; by chance {chance} %. {zero_shot}"
+        f"Mean ± 95 % interval over {settings['seeds']} seeds: of the first weights, the order, the captions "
+        f"and the noise. Strength, rate and decay: of the least loss on {sizes['validation']} other pairs, "
+        f"over {settings['tuning_seeds']} other seeds. "
         f"Trace and eigenvalue: of the Hessian of the loss on {sizes['train']} of the pairs to train on, in "
         f"batches of at most {loop.CHUNK}, at the end. "
         f"{noise}On {machine['cpu_count']} CPU cores ({machine['device']})."
@@ -275,21 +275,10 @@ def caption(results: dict[str, Any]) -> str:
 
 def plot(results: dict[str, Any]) -> bytes:
     """Recall, accuracy on classes if measured, and trace at the end, with 95 % intervals, as PNG."""
-    names = list(results["chosen"])
     shown = {"mean recall at 10 (%)": _recall, "Hessian trace (log scale)": lambda run: run["trace"]}
     if results["settings"]["zero_shot"]:
         shown["zero-shot accuracy (%)"] = lambda run: 100 * run["zero_shot"]
-    figure = Figure(figsize=(plots.WIDTH, 1.3 + 0.26 * len(names)), layout="constrained")
-    for axes, (title, value) in zip(
-        np.atleast_1d(figure.subplots(1, len(shown), sharey=True)), shown.items(), strict=True
-    ):
-        values = {name: [value(run) for run in comparison_table.chosen_runs(results, name)] for name in names}
-        lines = [plots.Row(plots.title(name), values[name], plots.colour(name)) for name in names]
-        plots.dots(axes, lines, log="log" in title)
-        axes.set_xlabel(title)
-    seeds = results["settings"]["seeds"]
-    figure.suptitle(f"At the end: mean and 95 % interval, {seeds} seeds", fontsize="large")
-    return plots.finish(figure)
+    return comparison_table.plot_ends(results, shown)
 
 
 def _recall(run: dict[str, Any]) -> float:

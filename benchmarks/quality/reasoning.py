@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -48,7 +49,7 @@ HEADERS = (
     "problems solved",
     *comparison_table.HEADERS[4:],
 )
-plot, plot_front, markdown_front = comparison_table.plot, fronts.plot, fronts.markdown
+plot_front, markdown_front = fronts.plot, fronts.markdown
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,7 +114,16 @@ def run(options: Options, progress: Progress) -> dict[str, Any]:
     minutes = expected_seconds(problem, options) / 60
     progress.console.print(f"All of it takes about {minutes:.0f} minutes.", highlight=False)
     results = comparison.compare(problem, options, journal, progress)
-    return results | {"data": results["data"] | {"kept": kept}}
+    return results | {"data": results["data"] | {"kept": kept}, "untrained": _untrained(problem)}
+
+
+def _untrained(problem: Problem) -> dict[str, float]:
+    """What is measured of a trained model on unseen problems, before training."""
+    task, split = problem.task, problem.split(0)
+    model = task.model(0)
+    model.eval()
+    gauge = measuring.gauge(measuring.split_network(model)[0], task.loss, task.accuracy, task.chunk)
+    return {**comparison.evaluated(gauge, model, split.test, "test"), **problem.further(model, split)}
 
 
 def make_problem(options: Options) -> tuple[Problem, float]:
@@ -196,17 +206,27 @@ def expected_seconds(problem: Problem, options: Options) -> float:
 
 
 def rows(results: dict[str, Any]) -> list[list[str]]:
-    """One row for each method, with means and 95 % intervals over the seeds."""
-    made = []
+    """A row for the model before training, and one for each method: means and 95 % intervals over seeds."""
+    before, asked = results["untrained"], results["settings"]["solved_problems"]
+    losses = [comparison_table.with_interval([before[figure]]) for figure in SHOWN]
+    right = comparison_table.with_interval([100 * before["test_accuracy"]])
+    made = [["none", "", "", *losses, right, f"{round(before['test_solved'] * asked)} of {asked}", "", ""]]
     for name, (*knobs, accuracy, trace, eigenvalue) in zip(
         results["chosen"], comparison_table.rows(results), strict=True
     ):
         runs = comparison_table.chosen_runs(results, name)
         losses = [comparison_table.with_interval([run[figure] for run in runs]) for figure in SHOWN]
-        asked = results["settings"]["solved_problems"]
         solved = sum(round(run["test_solved"] * asked) for run in runs)
         made.append([*knobs, *losses, accuracy, f"{solved} of {asked * len(runs)}", trace, eigenvalue])
     return made
+
+
+def plot(results: dict[str, Any]) -> bytes:
+    """Losses and trace at the end, with 95 % intervals, as PNG."""
+    shown = {title: operator.itemgetter(figure) for figure, title in SHOWN.items()}
+    return comparison_table.plot_ends(
+        results, shown | {"Hessian trace (log scale)": operator.itemgetter("trace")}
+    )
 
 
 def caption(results: dict[str, Any]) -> str:
@@ -215,7 +235,8 @@ def caption(results: dict[str, Any]) -> str:
     return (
         f"LoRA adapters of rank {settings['rank']} of {settings['model']} learn the worked answers of "
         f"{sizes['name']}, of those {100 * sizes['kept']:.0f} % of its problems that have at most "
-        f"{settings['length']} tokens. Losses, and the tokens that are right, are of the answers alone, the "
-        f"question given. Solved: by greedy decoding, of the first {settings['solved_problems']} problems to "
-        f"test on, over all seeds. {comparison_table.caption(results)}"
+        f"{settings['length']} tokens; none: the model as it is. Losses, and the tokens that are right, are "
+        f"of the answers alone, the question given. Solved: by greedy decoding, of the first "
+        f"{settings['solved_problems']} problems to test on, over all seeds. "
+        f"{comparison_table.caption(results)}"
     )
