@@ -223,10 +223,12 @@ def rows(results: dict[str, Any]) -> list[list[str]]:
 
 def plot(results: dict[str, Any]) -> bytes:
     """Losses and trace at the end, with 95 % intervals, as PNG."""
-    shown = {title: operator.itemgetter(figure) for figure, title in SHOWN.items()}
-    return comparison_table.plot_ends(
-        results, shown | {"Hessian trace (log scale)": operator.itemgetter("trace")}
-    )
+    shown = {
+        "loss per token": operator.itemgetter("test_loss"),
+        "loss of results alone": operator.itemgetter("test_result_loss"),
+        "Hessian trace (log scale)": operator.itemgetter("trace"),
+    }
+    return comparison_table.plot_ends(results, shown)
 
 
 def caption(results: dict[str, Any]) -> str:
