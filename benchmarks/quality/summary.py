@@ -26,6 +26,7 @@ TASKS = {
     "images-mnist": Row("MNIST, fine-tuned on 100", ("sgd", *OURS)),
     "images-cifar10": Row("CIFAR-10, fine-tuned on 100", ("sgd", *OURS)),
     "images-mnist-scratch": Row("MNIST, 1,000 from scratch", ("sgd", *OURS)),
+    "images-caltech101-lite0": Row("Caltech-101, ImageNet's network on 303", ("sgd", *OURS)),
     "text-sst2": Row("SST-2 sentences, fine-tuned on 64", ("adam", *OURS)),
 }
 
