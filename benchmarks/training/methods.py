@@ -341,7 +341,7 @@ METHODS: dict[str, Method] = {
     "asam": Method(_rival(sharpness.asam), 2, (0.25, 0.5, 1.0, 2.0, 4.0)),
     "rsam": Method(_rival(_rsam), 2, RHO),
     "bsam": Method(_bayesian, 2, (0.01, 0.03, 0.1, 0.3, 1.0), _bsam, rate=10.0),
-    "ivon": Method(_bayesian, 1, (1.0, 3.0, 10.0, 30.0, 100.0), _ivon),
+    "ivon": Method(_bayesian, 1, (0.03, 0.1, 0.3, 1.0, 3.0), _ivon, rate=10.0),
     "wp-sgd": nso(antithetic=False),
     "lpf-sgd": nso(relative=True, per="filter", num_microbatches=4, antithetic=False, strengths=FILTER_NOISE),
     "mrwp": Method(_mixed(adapted=False), strengths=FILTER_NOISE, is_noise=True),
