@@ -29,8 +29,8 @@ WARMUP = 0.1  # of the steps
 PROMPT = "a photo of a {}"
 DEPTHS = (1, 5, 10)
 WAYS = ("image_to_text", "text_to_image")
-# In 800 gradients, from a temperature of 0.07 on, the validation loss rose with a rho of 0.03, a sigma of 0.003
-# and a ratio of 0.1 and more.
+# In 800 gradients, from a temperature of 0.07 on, the validation loss rose with a rho of 0.03, a sigma of
+# 0.003, a ratio of 0.1 and more.
 STRENGTHS = {
     "sam": (0.003, 0.01, 0.03),
     "asam": (0.03, 0.1, 0.3),
