@@ -27,6 +27,7 @@ TASKS = {
     "images-cifar10": Row("CIFAR-10, fine-tuned on 100", ("sgd", *OURS)),
     "images-mnist-scratch": Row("MNIST, 1,000 from scratch", ("sgd", *OURS)),
     "images-caltech101-lite0": Row("Caltech-101, ImageNet's network on 303", ("sgd", *OURS)),
+    "images-cifar100-lite0": Row("CIFAR-100, ImageNet's network on 300", ("sgd", *OURS)),
     "text-sst2": Row("SST-2 sentences, fine-tuned on 64", ("adam", *OURS)),
 }
 
