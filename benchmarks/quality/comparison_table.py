@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.kit import plots, tables
@@ -119,10 +120,8 @@ def plot(results: dict[str, Any]) -> bytes:
     grid = figure.add_gridspec(1 + followed, 2, height_ratios=[height, 3.2][: 1 + followed])
     accuracy = figure.add_subplot(grid[0, 0])
     trace = figure.add_subplot(grid[0, 1], sharey=accuracy)
-    for axes, of, scale in ((accuracy, "test_accuracy", 100), (trace, "trace", 1)):
-        columns = {name: [scale * x for x in _column(results, name, of)] for name in names}
-        rows = [plots.Row(plots.title(name), columns[name], plots.colour(name)) for name in names]
-        plots.dots(axes, rows, log=of == "trace")
+    _dots(accuracy, results, lambda run: 100 * run["test_accuracy"])
+    _dots(trace, results, lambda run: run["trace"], log=True)
     trace.tick_params(labelleft=False)
     accuracy.set(title="Accuracy: right is better", xlabel="test accuracy (%)")
     trace.set(title="Trace: left is flatter", xlabel="Hessian trace (log scale)")
@@ -148,17 +147,25 @@ def plot_ends(results: dict[str, Any], shown: Mapping[str, Callable[[dict[str, A
         results: Of a comparison.
         shown: Figures by the titles of their axes, which are logarithmic where a title says so.
     """
-    names, seeds = list(results["chosen"]), results["settings"]["seeds"]
-    figure = Figure(figsize=(plots.WIDTH, 1.3 + 0.26 * len(names)), layout="constrained")
-    for axes, (title, value) in zip(
-        np.atleast_1d(figure.subplots(1, len(shown), sharey=True)), shown.items(), strict=True
-    ):
-        values = {name: [value(run) for run in chosen_runs(results, name)] for name in names}
-        rows = [plots.Row(plots.title(name), values[name], plots.colour(name)) for name in names]
-        plots.dots(axes, rows, log="log scale" in title)
+    seeds = results["settings"]["seeds"]
+    figure = Figure(figsize=(plots.WIDTH, 1.3 + 0.26 * len(results["chosen"])), layout="constrained")
+    columns = np.atleast_1d(figure.subplots(1, len(shown), sharey=True))
+    for axes, (title, value) in zip(columns, shown.items(), strict=True):
+        _dots(axes, results, value, log="log scale" in title)
         axes.set_xlabel(title)
     figure.suptitle(f"At the end: mean and 95 % interval, {seeds} seeds", fontsize="large")
     return plots.finish(figure)
+
+
+def _dots(
+    axes: Axes, results: dict[str, Any], value: Callable[[dict[str, Any]], float], *, log: bool = False
+) -> None:
+    """A figure of each method's runs, as a dot with its interval."""
+    rows = [
+        plots.Row(plots.title(name), [value(run) for run in chosen_runs(results, name)], plots.colour(name))
+        for name in results["chosen"]
+    ]
+    plots.dots(axes, rows, log=log)
 
 
 def _row(name: str, results: dict[str, Any]) -> list[str]:

@@ -114,7 +114,8 @@ def run(options: Options, progress: Progress) -> dict[str, Any]:
     minutes = expected_seconds(problem, options) / 60
     progress.console.print(f"All of it takes about {minutes:.0f} minutes.", highlight=False)
     results = comparison.compare(problem, options, journal, progress)
-    return results | {"data": results["data"] | {"kept": kept}, "untrained": _untrained(problem)}
+    untrained = journal.once("before training", functools.partial(_untrained, problem))
+    return results | {"data": results["data"] | {"kept": kept}, "untrained": untrained}
 
 
 def _untrained(problem: Problem) -> dict[str, float]:
@@ -207,18 +208,22 @@ def expected_seconds(problem: Problem, options: Options) -> float:
 
 def rows(results: dict[str, Any]) -> list[list[str]]:
     """A row for the model before training, and one for each method: means and 95 % intervals over seeds."""
-    before, asked = results["untrained"], results["settings"]["solved_problems"]
-    losses = [comparison_table.with_interval([before[figure]]) for figure in SHOWN]
-    right = comparison_table.with_interval([100 * before["test_accuracy"]])
-    made = [["none", "", "", *losses, right, f"{round(before['test_solved'] * asked)} of {asked}", "", ""]]
-    for name, (*knobs, accuracy, trace, eigenvalue) in zip(
+    asked = results["settings"]["solved_problems"]
+    made = [["none", "", "", *_answers([results["untrained"]], asked), "", ""]]
+    for name, (*knobs, _, trace, eigenvalue) in zip(
         results["chosen"], comparison_table.rows(results), strict=True
     ):
         runs = comparison_table.chosen_runs(results, name)
-        losses = [comparison_table.with_interval([run[figure] for run in runs]) for figure in SHOWN]
-        solved = sum(round(run["test_solved"] * asked) for run in runs)
-        made.append([*knobs, *losses, accuracy, f"{solved} of {asked * len(runs)}", trace, eigenvalue])
+        made.append([*knobs, *_answers(runs, asked), trace, eigenvalue])
     return made
+
+
+def _answers(runs: list[dict[str, Any]], asked: int) -> list[str]:
+    """Losses of unseen answers, the tokens that are right, and the problems solved of those asked."""
+    figures = [[run[figure] for run in runs] for figure in SHOWN]
+    figures.append([100 * run["test_accuracy"] for run in runs])
+    solved = sum(round(run["test_solved"] * asked) for run in runs)
+    return [*map(comparison_table.with_interval, figures), f"{solved} of {asked * len(runs)}"]
 
 
 def plot(results: dict[str, Any]) -> bytes:

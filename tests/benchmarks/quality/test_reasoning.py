@@ -82,11 +82,11 @@ def test_figures_in_parts_are_means_over_all_tokens(problem, trained):
     task, train = problem.task, problem.split(0).train
     gauge = measuring.gauge(measuring.split_network(trained)[0], task.loss, task.accuracy, task.chunk)
     figures = comparison.evaluated(gauge, trained, train, "train")
-    counts = np.asarray(train.inputs.weights).sum(axis=1)
-    assert len(set(counts)) > 1
-    assert (figures["train_loss"], figures["train_accuracy"]) == pytest.approx(
-        by_hand(trained, train), rel=1e-5
-    )
+    counted = np.asarray(train.inputs.weights) > 0
+    assert len({row.sum() for row in counted}) > 1
+    loss, accuracy = by_hand(trained, train)
+    assert figures["train_loss"] == pytest.approx(loss, rel=1e-5)
+    assert figures["train_accuracy"] == pytest.approx(accuracy, rel=1e-6)
 
 
 def test_the_hessian_of_parts_is_that_of_the_mean_over_all_tokens(problem, trained):
