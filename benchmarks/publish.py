@@ -82,6 +82,10 @@ def _markdown(name: str, results: Callable[[str], dict[str, Any]], known: set[st
         titles = {task: row.task for task, row in summary.TASKS.items() if fronts.has_front(results(task))}
         table = fronts.summary if name == "fronts" else recipes.markdown
         return table({task: results(task) for task in titles}, titles)
+    if name == "confirmed":
+        from benchmarks.quality import confirm  # noqa: PLC0415
+
+        return confirm.all_tasks(results(of) for of in sorted(known) if registry.study_of(of) == "confirm")
     of = name.removesuffix("-figures").removesuffix("-front")
     if of not in known:
         raise UserError(f"<!-- {name}-table -->: expected one of {', '.join(sorted(known))}")

@@ -42,6 +42,9 @@ ROOMS = {
             "demo": Study("benchmarks.quality.demo", "four methods on small digits, with wrong labels", 1),
             "images": Study("benchmarks.quality.images", "methods compared in fine-tuning on few images", 25),
             "text": Study("benchmarks.quality.text", "methods compared in fine-tuning on sentences", 30),
+            "confirm": Study(
+                "benchmarks.quality.confirm", "whether a published gain holds, from many more seeds", 4
+            ),
             "contrastive": Study(
                 "benchmarks.quality.contrastive", "methods compared on photographs and captions", 30
             ),

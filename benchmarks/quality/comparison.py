@@ -131,6 +131,80 @@ class Knobs(NamedTuple):
         )
 
 
+class Trainings:
+    """Those of a study, each under a name of its own: what the journal has is not done again."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        methods: Mapping[str, Method],
+        options: Options,
+        journal: Journal,
+        progress: Progress,
+    ) -> None:
+        """Trains nothing yet.
+
+        Args:
+            problem: What to learn.
+            methods: By which, plain training first.
+            options: How long, and what is measured.
+            journal: What was done before is taken from it.
+            progress: Where to show how far it is.
+        """
+        self._problem, self._methods, self._options = problem, methods, options
+        self._journal, self._progress = journal, progress
+        self._shown = progress.add_task(problem.name, total=None)
+        graphdef, _ = measuring.split_network(problem.task.model(0))
+        self._gauge = measuring.gauge(graphdef, problem.task.loss, problem.task.accuracy, problem.task.chunk)
+
+    def announce(self, what: str, number: int) -> None:
+        """Says how long they will take.
+
+        Args:
+            what: They are, in words.
+            number: How many there are.
+        """
+        gradients, plain = self._options.gradients, next(iter(self._methods.values()))
+        seconds = number * gradients * seconds_of_a_gradient(self._problem.task, plain, self._options)
+        self._progress.console.print(
+            f"{self._problem.name}: {what}, of {gradients} gradients each: about {math.ceil(seconds / 60)} "
+            "minutes here in all, and what compiling and measuring take. Stopped at any moment, it goes on "
+            "by --resume.",
+            highlight=False,
+            soft_wrap=True,
+        )
+        self._progress.update(self._shown, total=number * gradients)
+
+    def figures(
+        self, name: str, knobs: Knobs, seed: int, train: Callable[..., dict[str, Any]], points: int = 1
+    ) -> dict[str, Any]:
+        """Those of a training.
+
+        Args:
+            name: The method's.
+            knobs: Its settings.
+            seed: Of the examples, their order, the weights and the noise.
+            train: `train_and_validate`, `train_and_test` or `train_and_measure`.
+            points: How often to measure.
+        """
+        title = f"{name} {knobs.strength:g}, rate {knobs.rate:g}, decay {knobs.weight_decay:g}, seed {seed}"
+        advance = functools.partial(self._progress.advance, self._shown)
+        compute = functools.partial(
+            train,
+            self._problem,
+            self._methods[name],
+            knobs.settings(self._options.gradients, seed, points),
+            self._options,
+            gauge=self._gauge,
+            journal=self._journal,
+            advance=advance,
+        )
+        if self._journal.done(title):
+            advance(self._options.gradients)
+        measured = self._journal.once(title, compute, functools.partial(tell, self._progress, title))
+        return {"method": name, **knobs._asdict(), "seed": seed, **measured}
+
+
 def compare(problem: Problem, options: Options, journal: Journal, progress: Progress) -> dict[str, Any]:
     """Tunes the methods on the validation examples, and then trains and measures them.
 
@@ -152,32 +226,9 @@ def compare(problem: Problem, options: Options, journal: Journal, progress: Prog
             wanted = f"a multiple of {method.gradients_per_step}, what {name} takes in a step"
             raise UserError(f"argument --gradients: expected {wanted}, got {options.gradients}")
     tuned, measured = numbers_of_trainings(methods, options)
-    total = (tuned + measured) * options.gradients
-    minutes = total * seconds_of_a_gradient(problem.task, next(iter(methods.values())), options) / 60
-    progress.console.print(
-        f"{problem.name}: {tuned} trainings to choose by and {measured} to measure, of {options.gradients} "
-        f"gradients each: about {math.ceil(minutes)} minutes here in all, and what compiling and measuring "
-        "take. Stopped at any moment, it goes on by --resume.",
-        highlight=False,
-        soft_wrap=True,
-    )
-    advance = functools.partial(progress.advance, progress.add_task(problem.name, total=total))
-    task = problem.task
-    graphdef, _ = measuring.split_network(task.model(0))
-    gauge = measuring.gauge(graphdef, task.loss, task.accuracy, task.chunk)
-
-    def figures(
-        name: str, knobs: Knobs, seed: int, train: Callable[..., dict[str, Any]], points: int = 1
-    ) -> dict[str, Any]:
-        title = f"{name} {knobs.strength:g}, rate {knobs.rate:g}, decay {knobs.weight_decay:g}, seed {seed}"
-        settings = knobs.settings(options.gradients, seed, points)
-        compute = functools.partial(
-            train, problem, methods[name], settings, options, gauge=gauge, journal=journal, advance=advance
-        )
-        if journal.done(title):
-            advance(options.gradients)
-        measured = journal.once(title, compute, functools.partial(tell, progress, title))
-        return {"method": name, **knobs._asdict(), "seed": seed, **measured}
+    what = f"{tuned} trainings to choose by and {measured} to measure"
+    trainings = Trainings(problem, methods, options, journal, progress)
+    trainings.announce(what, tuned + measured)
 
     tuning: list[dict[str, Any]] = []
     chosen: dict[str, Knobs] = {}
@@ -186,13 +237,15 @@ def compare(problem: Problem, options: Options, journal: Journal, progress: Prog
     for name, method in methods.items():
         plain = next(iter(chosen.values()), None)
         settings = itertools.product(grid(method, options, plain and plain.weight_decay), seeds)
-        runs = [figures(name, knobs, seed, train_and_validate) for knobs, seed in settings]
+        runs = [trainings.figures(name, knobs, seed, train_and_validate) for knobs, seed in settings]
         tuning += runs
         chosen[name] = choose(runs)
         strengths = method.strengths if options.front else (chosen[name].strength,)
         tried += [(name, choose([run for run in runs if run["strength"] == s])) for s in strengths]
     runs = [
-        figures(name, knobs, seed, train_and_measure, options.points if knobs == chosen[name] else 1)
+        trainings.figures(
+            name, knobs, seed, train_and_measure, options.points if knobs == chosen[name] else 1
+        )
         for (name, knobs), seed in itertools.product(tried, range(options.seeds))
     ]
     assert len({run["evaluations"] for run in runs}) == 1, "methods differ in gradient evaluations"  # noqa: S101
@@ -266,6 +319,20 @@ def train_and_validate(
     """Trains once and evaluates on the validation examples alone, by which settings are chosen."""
     trained = loop.train(problem.task, method, settings, **keywords)
     return _figures(trained, gauge, problem.split(settings.seed))
+
+
+def train_and_test(
+    problem: Problem,
+    method: Method,
+    settings: Settings,
+    _: Options,
+    *,
+    gauge: Gauge,
+    **keywords: Any,
+) -> dict[str, Any]:
+    """Trains once and evaluates, without measuring curvature."""
+    trained, split = loop.train(problem.task, method, settings, **keywords), problem.split(settings.seed)
+    return _figures(trained, gauge, split) | evaluated(gauge, trained.model, split.test, "test")
 
 
 def train_and_measure(

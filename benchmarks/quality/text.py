@@ -75,7 +75,7 @@ def run(options: Options, progress: Progress) -> dict[str, Any]:
     return comparison.compare(problem, options, journal, progress)
 
 
-def make_problem(options: Options) -> Problem:
+def make_problem(options: Options, *_: object) -> Problem:
     """The few texts of each seed, and the encoder to start from with a fresh head."""
     texts = parquet.load_text(options.data)
     encoder = pretrained.load(options.model, dropout=options.dropout)
