@@ -85,7 +85,7 @@ def _markdown(name: str, results: Callable[[str], dict[str, Any]], known: set[st
     if name == "confirmed":
         from benchmarks.quality import confirm  # noqa: PLC0415
 
-        return confirm.all_tasks(results(of) for of in sorted(known) if registry.study_of(of) == "confirm")
+        return confirm.all_tasks([results(of) for of in sorted(known) if registry.study_of(of) == "confirm"])
     of = name.removesuffix("-figures").removesuffix("-front")
     if of not in known:
         raise UserError(f"<!-- {name}-table -->: expected one of {', '.join(sorted(known))}")

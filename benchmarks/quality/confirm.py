@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 import json
 import operator
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,7 @@ def run(options: Options, progress: Progress) -> dict[str, Any]:
     trainings.announce(what, len(pair) * options.seeds)
     seeds = range(FIRST_SEED, FIRST_SEED + options.seeds)
     return {
-        "name": options.results,
+        "name": f"{options.results}-{options.method}",
         "settings": options.settings(),
         "data": problem.sizes(),
         "runs": [
@@ -119,11 +119,12 @@ def caption(_: dict[str, Any]) -> str:
     )
 
 
-def all_tasks(confirmed: Iterable[dict[str, Any]]) -> str:
+def all_tasks(confirmed: Sequence[dict[str, Any]]) -> str:
     """One table of the results of several tasks, in the order of the summary."""
-    by_task = {results["name"]: results for results in confirmed}
-    order = sorted(by_task, key=[*summary.TASKS].index)
-    lines = [[summary.TASKS[task].task, *row[1:]] for task in order for row in rows(by_task[task])]
+    lines = []
+    for task, results in itertools.product(summary.TASKS, confirmed):
+        if results["settings"]["results"] == task:
+            lines += [[summary.TASKS[task].task, *row[1:]] for row in rows(results)]
     return f"{tables.grid([HEADERS, *lines], texts=(0, 1))}\n\n{caption({})}\n"
 
 

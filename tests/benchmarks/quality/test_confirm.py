@@ -23,7 +23,8 @@ def row(method, seed, accuracy):
 def results(task, differences):
     runs = [row("sgd", seed, 0.5) for seed in range(len(differences))]
     runs += [row("wp-micro", seed, 0.5 + difference) for seed, difference in enumerate(differences)]
-    return {"name": task, "data": {"name": "short"}, "settings": {"method": "wp-micro"}, "runs": runs}
+    settings = {"results": task, "method": "wp-micro"}
+    return {"data": {"name": "short"}, "settings": settings, "runs": runs}
 
 
 def test_points_ahead_are_of_each_seed():
@@ -50,7 +51,7 @@ def test_trainings_from_the_published_seeds_are_the_published_ones(tmp_path, mon
     monkeypatch.setattr(confirm, "FIRST_SEED", 1)
     words = ["confirm", "--results", TASK, "--seeds", "2", "--work", str(tmp_path / "work")]
     assert cli.main([*words, "--out", str(tmp_path / "out")]) == 0
-    confirmed = json.loads((tmp_path / "out" / f"confirm-{TASK}.json").read_text())
+    confirmed = json.loads((tmp_path / "out" / f"confirm-{TASK}-wp-micro.json").read_text())
     assert [(run["method"], run["seed"]) for run in confirmed["runs"]] == [
         *[("sgd", 1), ("wp-micro", 1)],
         *[("sgd", 2), ("wp-micro", 2)],
@@ -62,7 +63,7 @@ def test_trainings_from_the_published_seeds_are_the_published_ones(tmp_path, mon
             assert "trace" not in same
             for name in ("test_accuracy", "test_loss", "validation_loss"):
                 assert same[name] == pytest.approx(run[name], rel=1e-5)
-    text = (tmp_path / "out" / f"confirm-{TASK}.md").read_text()
+    text = (tmp_path / "out" / f"confirm-{TASK}-wp-micro.md").read_text()
     assert text == tables.markdown(confirm, confirmed)
 
 
