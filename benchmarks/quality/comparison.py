@@ -50,6 +50,7 @@ class Problem:
         split: `split(seed)`.
         strengths: What is tried of the methods' strengths, where it is not what `METHODS` says.
         further: Figures of a trained model on a split that the task has beside loss and accuracy.
+        rates: What methods multiply learning rates by, where it is not what `METHODS` says.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Problem:
     split: Callable[[int], Split]
     strengths: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
     further: Callable[[nnx.Module, Split], dict[str, float]] = lambda *_: {}
+    rates: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def sizes(self) -> dict[str, Any]:
         """What it is called, and how many examples each part of a split has, ready for JSON."""
@@ -66,7 +68,10 @@ class Problem:
     def methods(self, names: Sequence[str]) -> dict[str, Method]:
         """The methods of these names, plain training first."""
         made = {
-            name: METHODS[name]._replace(strengths=self.strengths.get(name, METHODS[name].strengths))
+            name: METHODS[name]._replace(
+                strengths=self.strengths.get(name, METHODS[name].strengths),
+                rate=self.rates.get(name, METHODS[name].rate),
+            )
             for name in sorted(dict.fromkeys(names), key=list(METHODS).index)
         }
         return dict(sorted(made.items(), key=lambda item: item[1].optimizer is not self.task.optimizer))

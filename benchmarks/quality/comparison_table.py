@@ -15,6 +15,7 @@ from benchmarks.training.methods import METHODS
 
 # In words; the demo's wp-sgd takes two draws in a step.
 NOISES = {
+    "ivon": "one-sided noise, of each weight by a running mean of the Hessian",
     "wp-sgd": "one-sided noise, one draw and so one gradient in a step",
     "lpf-sgd": "one-sided noise in proportion to each filter, anew in each of four microbatches",
     "mrwp": "noise in proportion to each filter on half of the batch, none on the other",

@@ -38,6 +38,8 @@ MLP_STRENGTHS |= dict.fromkeys(
     ("nso-relative", "nso-micro", "wp-micro", "wp-adaptive"), (0.1, 0.2, 0.4, 0.8, 1.2)
 )
 MLP_STRENGTHS |= dict.fromkeys(("lpf-sgd", "mrwp", "marwp"), (0.005, 0.01, 0.02, 0.04, 0.08))
+MLP_STRENGTHS |= {"ivon": (0.03, 0.1, 0.3, 1.0, 3.0)}
+RATES: dict[str, dict[str, float]] = {"mlp": {"ivon": 10.0}}  # at 3 it has not learnt enough in 480 steps
 DIGITS_TRAIN = 797  # of 1,797: those that are not for the test
 
 LITE0 = "efficientnet-lite0"
@@ -181,7 +183,8 @@ def make_problem(options: Options, journal: Journal, progress: Progress) -> Prob
         return augmentation.batches(augment, key, drawn, first)
 
     task = Task(model, batches, options.per_class * pool.num_classes)
-    return Problem(name, task, split, STRENGTHS.get(options.network, {}))
+    network = options.network
+    return Problem(name, task, split, STRENGTHS.get(network, {}), rates=RATES.get(network, {}))
 
 
 def caption(results: dict[str, Any]) -> str:

@@ -83,6 +83,7 @@ def run(options: Options, progress: Progress) -> dict[str, Any]:
         problem.task,
         problem.split,
         problem.strengths,
+        rates=problem.rates,
         costs={
             name: costs.in_whole_steps(cost["median"], options.gradients) for name, cost in measured.items()
         },

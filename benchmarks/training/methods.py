@@ -343,7 +343,7 @@ METHODS: dict[str, Method] = {
     # The momentum of both is a mean of gradients, SGD's a sum that is ten times as large; IVON's steps grow
     # as its Hessian falls, threefold and more.
     "bsam": Method(_bayesian, 2, (0.01, 0.03, 0.1, 0.3, 1.0), _bsam, rate=10.0),
-    "ivon": Method(_bayesian, 1, (0.003, 0.01, 0.03, 0.1, 0.3), _ivon, rate=3.0),
+    "ivon": Method(_bayesian, 1, (0.003, 0.01, 0.03, 0.1, 0.3), _ivon, rate=3.0, is_noise=True),
     "wp-sgd": nso(antithetic=False),
     "lpf-sgd": nso(relative=True, per="filter", num_microbatches=4, antithetic=False, strengths=FILTER_NOISE),
     "mrwp": Method(_mixed(adapted=False), strengths=FILTER_NOISE, is_noise=True),
