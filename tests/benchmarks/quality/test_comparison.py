@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import scipy.stats
 from flax import nnx
+from jax.flatten_util import ravel_pytree
 from rich.progress import Progress
 
 from benchmarks import __main__ as cli
@@ -19,7 +20,8 @@ from benchmarks.kit import plots, tables
 from benchmarks.kit.journal import LINES, Journal
 from benchmarks.quality import ablate, comparison, comparison_table, images
 from benchmarks.quality.comparison import Knobs, Options
-from benchmarks.tasks import checkpoints
+from benchmarks.tasks import checkpoints, models
+from benchmarks.tasks.data import Examples
 from benchmarks.training import loop
 from benchmarks.training.methods import METHODS
 
@@ -45,6 +47,27 @@ def test_rivals_and_noise_are_tuned_alike():
     sizes = {len(comparison.grid(method, Options())) for method in METHODS.values()}
     assert max(sizes) <= 10
     assert {len(METHODS[name].strengths) for name in METHODS if name not in ("sgd", "adam")} == {5}
+
+
+def test_a_network_has_rates_and_strengths_of_its_own():
+    """Four times what is usual quadruples the first step of IVON, and no other method's."""
+    task = loop.Task(
+        lambda seed: models.MLP((4, 3), rngs=nnx.Rngs(seed)),
+        lambda seed, first: iter([Examples(np.ones((2, 4), np.float32), np.zeros(2, int))] * 2),
+        num_examples=10**9,  # so that there is no noise
+    )
+    usual = comparison.Problem("usual", task, None)
+    other = comparison.Problem("other", task, None, {"sgd": (0.5,)}, rates={"ivon": 4 * METHODS["ivon"].rate})
+    assert other.methods(["sgd"])["sgd"].strengths == (0.5,)
+
+    def step(problem, name):
+        settings = loop.Settings(1, 0.01, strength=0.1)
+        before, _ = ravel_pytree(nnx.state(task.model(0), nnx.Param))
+        trained = loop.train(task, problem.methods([name])[name], settings).model
+        return ravel_pytree(nnx.state(trained, nnx.Param))[0] - before
+
+    for name, factor in (("ivon", 4.0), ("sgd", 1.0)):
+        np.testing.assert_allclose(step(other, name), factor * step(usual, name), rtol=1e-3, atol=1e-6)
 
 
 def test_every_strength_is_trained_for_every_seed():
