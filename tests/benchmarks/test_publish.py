@@ -11,7 +11,7 @@ from benchmarks import __main__ as cli
 from benchmarks import publish, registry
 from benchmarks.kit import files, report, tables
 from benchmarks.kit.files import RESULTS
-from benchmarks.quality import fronts
+from benchmarks.quality import confirm, fronts
 
 SUFFIXES = {"ablate": ("-forms",), "variance": ("-accuracy",)}
 
@@ -88,4 +88,8 @@ def test_the_pages_have_the_tables_of_the_published_results():
     for page, text in pages.items():
         assert page.read_text() == text, f"{page}: run python -m benchmarks tables"
     marked = {name for text in pages.values() for name in tables.marked(text)}
-    assert marked >= set(publish.NAMES) | {"summary"}
+    in_one_table = {name for name in publish.NAMES if registry.study_of(name) == "confirm"}
+    assert marked >= set(publish.NAMES) - in_one_table | {"summary", "confirmed"}
+    (page,) = (text for text in pages.values() if "<!-- confirmed-table -->" in text)
+    for name in in_one_table:
+        assert " | ".join(confirm.rows(json.loads(read(name)))[0][1:]) in page
