@@ -129,6 +129,11 @@ class Knobs(NamedTuple):
     rate: float
     weight_decay: float
 
+    @classmethod
+    def of(cls, run: Mapping[str, Any]) -> "Knobs":
+        """Those of a run."""
+        return cls(*(run[name] for name in cls._fields))
+
     def settings(self, gradients: int, seed: int, num_points: int = 1) -> Settings:
         """Those of a training with them."""
         return Settings(
@@ -189,7 +194,7 @@ class Trainings:
             name: The method's.
             knobs: Its settings.
             seed: Of the examples, their order, the weights and the noise.
-            train: `train_and_validate`, `train_and_test` or `train_and_measure`.
+            train: `train_and_evaluate` or `train_and_measure`.
             points: How often to measure.
         """
         title = f"{name} {knobs.strength:g}, rate {knobs.rate:g}, decay {knobs.weight_decay:g}, seed {seed}"
@@ -242,7 +247,7 @@ def compare(problem: Problem, options: Options, journal: Journal, progress: Prog
     for name, method in methods.items():
         plain = next(iter(chosen.values()), None)
         settings = itertools.product(grid(method, options, plain and plain.weight_decay), seeds)
-        runs = [trainings.figures(name, knobs, seed, train_and_validate) for knobs, seed in settings]
+        runs = [trainings.figures(name, knobs, seed, train_and_evaluate) for knobs, seed in settings]
         tuning += runs
         chosen[name] = choose(runs)
         strengths = method.strengths if options.front else (chosen[name].strength,)
@@ -306,38 +311,25 @@ def choose(tuning: list[dict[str, Any]]) -> Knobs:
     """The knobs of the least mean validation loss, which tells more from few examples than the accuracy."""
     by_knobs: dict[Knobs, list[float]] = {}
     for run in tuning:
-        by_knobs.setdefault(Knobs(*(run[name] for name in Knobs._fields)), []).append(run["validation_loss"])
+        by_knobs.setdefault(Knobs.of(run), []).append(run["validation_loss"])
     means = {knobs: statistics.mean(losses) for knobs, losses in by_knobs.items()}
     # A training that diverged has no loss, and NaN is neither less nor more than a number.
     return min(means, key=lambda knobs: means[knobs] if math.isfinite(means[knobs]) else math.inf)
 
 
-def train_and_validate(
+def train_and_evaluate(
     problem: Problem,
     method: Method,
     settings: Settings,
     _: Options,
     *,
     gauge: Gauge,
+    parts: Sequence[str] = ("validation",),
     **keywords: Any,
 ) -> dict[str, Any]:
-    """Trains once and evaluates on the validation examples alone, by which settings are chosen."""
+    """Trains once and evaluates on parts of the split, by default that by which settings are chosen."""
     trained = loop.train(problem.task, method, settings, **keywords)
-    return _figures(trained, gauge, problem.split(settings.seed))
-
-
-def train_and_test(
-    problem: Problem,
-    method: Method,
-    settings: Settings,
-    _: Options,
-    *,
-    gauge: Gauge,
-    **keywords: Any,
-) -> dict[str, Any]:
-    """Trains once and evaluates, without measuring curvature."""
-    trained, split = loop.train(problem.task, method, settings, **keywords), problem.split(settings.seed)
-    return _figures(trained, gauge, split) | evaluated(gauge, trained.model, split.test, "test")
+    return _figures(trained, gauge, problem.split(settings.seed), parts)
 
 
 def train_and_measure(
@@ -363,12 +355,13 @@ def train_and_measure(
     return figures | {"curve": trained.curve}
 
 
-def _figures(trained: Trained, gauge: Gauge, split: Split) -> dict[str, Any]:
-    return {
-        "evaluations": trained.curve[-1]["evaluations"],
-        "seconds": trained.seconds,
-        **evaluated(gauge, trained.model, split.validation, "validation"),
-    }
+def _figures(
+    trained: Trained, gauge: Gauge, split: Split, parts: Sequence[str] = ("validation",)
+) -> dict[str, Any]:
+    figures = {"evaluations": trained.curve[-1]["evaluations"], "seconds": trained.seconds}
+    for part in parts:
+        figures |= evaluated(gauge, trained.model, getattr(split, part), part)
+    return figures
 
 
 def measure_point(gauge: Gauge, model: nnx.Module, split: Split, options: Options) -> dict[str, float]:

@@ -6,6 +6,7 @@ published, from seeds that nothing was chosen by, each with its own examples, st
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import operator
@@ -78,13 +79,14 @@ def run(options: Options, progress: Progress) -> dict[str, Any]:
     what = f"{options.seeds} trainings of {' and of '.join(each.method for each in pair)}"
     trainings = Trainings(problem, methods, compared, journal, progress)
     trainings.announce(what, len(pair) * options.seeds)
+    train = functools.partial(comparison.train_and_evaluate, parts=("validation", "test"))
     seeds = range(FIRST_SEED, FIRST_SEED + options.seeds)
     return {
         "name": f"{options.results}-{options.method}",
         "settings": options.settings(),
         "data": problem.sizes(),
         "runs": [
-            trainings.figures(each.method, _knobs(each), seed, comparison.train_and_test)
+            trainings.figures(each.method, Knobs.of(each.runs[0]), seed, train)
             for seed, each in itertools.product(seeds, pair)
         ],
     }
@@ -161,9 +163,4 @@ def _picked(published: dict[str, Any], options: Options) -> Setting:
     _, *others = published["chosen"]
     if options.method not in others:
         raise UserError(f"argument --method {options.method}: expected one of {', '.join(others)}")
-    settings = fronts.front(published, options.method)
-    return fronts.by_one_standard_error(settings)
-
-
-def _knobs(setting: Setting) -> Knobs:
-    return Knobs(*(setting.runs[0][field] for field in Knobs._fields))
+    return fronts.by_one_standard_error(fronts.front(published, options.method))
